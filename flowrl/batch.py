@@ -1,0 +1,109 @@
+"""What flows through the loop: prompts -> samples -> scores -> steps. Dataclasses of tensors, shapes in the docstrings.
+
+Words: N samples = P prompts x G generations, S recorded steps, K rewards. `...` stands for the latent dimensions, which are
+whatever the pipeline's own scheduler sees (packed for FLUX, Qwen-Image, LTX; with frames for video).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flowrl.samplers.transitions import Gaussian, Transition
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and the free columns that stood beside it in its file (GenEval metadata, OCR target, ...)."""
+
+    text: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """One recorded stochastic step of B samples, as a trajectory objective reads it.
+
+    native: (B, ...) the state exactly as the pipeline's scheduler saw it, in its dtype (what a replay feeds back).
+    x, x_next: (B, ...) fp32, the state and the sampled next state in flow coordinates (see `flowrl.samplers.flow`).
+    t, t_next: times in [0, 1], 1 is noise. t_max: largest grid value below 1 (the pole of some kernels).
+    log_prob: (B,) fp32, mean log-density over latent dimensions under the policy that sampled.
+    v: (B, ...) the velocity that was sampled from, in the model's dtype; None unless the objective asked for it.
+    index: position in the schedule, 0 is the noisiest step. transition: the rule that sampled it.
+    """
+
+    native: Tensor
+    x: Tensor
+    x_next: Tensor
+    t: float
+    t_next: float
+    t_max: float
+    log_prob: Tensor
+    index: int
+    transition: Transition
+    v: Tensor | None = None
+
+    def gaussian(self, v: Tensor) -> Gaussian:
+        """The step's distribution of next states for a velocity v (B, ...): the rule that sampled it, another policy."""
+        return self.transition.transition(self.x, v, self.t, self.t_next, self.t_max)
+
+
+@dataclass
+class Samples:
+    """Generated samples of one or several batches.
+
+    latents: (N, ...) final latents, in the pipeline's coordinates. images: (N, 3, H, W) or (N, F, 3, H, W) fp32 in [0, 1].
+    group: (N,) int64, equal for the G samples of one prompt. seeds: one per sample: a sample depends on nothing else.
+    steps: the recorded steps, noisiest first; each holds all N samples.
+    """
+
+    prompts: list[Prompt]
+    seeds: list[int]
+    group: Tensor
+    latents: Tensor
+    images: Tensor | None = None
+    steps: list[Step] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """Every free column as a list of N values; None where a prompt lacks it."""
+        names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
+        return {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
+
+    @property
+    def trajectory_bytes(self) -> int:
+        """Memory of the recorded steps, in bytes. Where `x` shares storage with `native` it counts once."""
+        tensors = [tensor for step in self.steps for tensor in (step.native, step.x, step.x_next, step.log_prob, step.v)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None}
+        return sum(storages.values())
+
+
+def concatenate(parts: list[Samples]) -> Samples:
+    """Several batches as one, without their recorded steps (those stay in the batches that the update replays)."""
+    images = [part.images for part in parts if part.images is not None]
+    return Samples(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        seeds=[seed for part in parts for seed in part.seeds],
+        group=torch.cat([part.group for part in parts]),
+        latents=torch.cat([part.latents for part in parts]),
+        images=torch.cat(images) if len(images) == len(parts) else None,
+    )
+
+
+@dataclass
+class Loss:
+    """What an objective returns: values (B,) fp32 with graph, and detached metrics, each a tensor (B,) or a float."""
+
+    values: Tensor
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)

@@ -1,0 +1,330 @@
+"""The recipe: every option of a run, typed, documented in a sentence, checked before any weight is loaded.
+
+A recipe is a YAML file (those that ship are found by name) plus `key=value` overrides; a section's option is reached with a
+dot (`objective.epsilon=1e-5`). Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """An option that cannot work; one sentence that names it and the fix."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A documented field of a recipe; mutable defaults are copied."""
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Recipe:
+    """All options of `flowrl train`. Section options (objective, transition, steps) are a name plus that class's own fields."""
+
+    # -- what is trained
+    model: str = option("tiny-sd3", "Model to align: an embedded name, a pipeline directory, or a hub id.")
+    lora: str | None = option(None, "Folder of a LoRA to go on from.")
+    train: Literal["lora", "full"] = option("lora", "Train a LoRA, or all weights of the denoiser.")
+    lora_rank: int = option(32, "Rank of the LoRA.")
+    lora_alpha: float | None = option(None, "LoRA scale; twice the rank by default.")
+    lora_targets: list[str] | None = option(None, "Module name endings that get a LoRA; the attention projections by default.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Storage type of the frozen weights.")
+    autocast: Literal["bfloat16", "float16"] | None = option(None, "Run the denoiser under autocast with this type.")
+    attention_backend: str | None = option(None, "One of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+
+    # -- what it is trained on
+    prompts: str = option("tiny-train", "Prompt file (.txt or .jsonl) or embedded set.")
+    rewards: dict[str, Any] = option({"tiny_dense": 1.0}, "Rewards by name or dotted path, each with its weight (or a mapping with `weight` and the reward's own options).")
+    eval_prompts: str | None = option(None, "Prompts of the evaluations during training; none by default.")
+    eval_rewards: dict[str, Any] = option({}, "Held-out rewards, measured in evaluations and never trained on; the training rewards are measured too.")
+
+    # -- how samples are drawn
+    num_inference_steps: int = option(10, "Denoising steps of a rollout. Fewer than in evaluation saves time and costs little.")
+    transition: dict[str, Any] = option({"name": "cps"}, "The stochastic step: flow_sde, dance_sde, cps or ddim, with noise_level or eta.")
+    steps: dict[str, Any] = option({"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, or window.")
+    guidance_scale: float | None = option(None, "Guidance in rollout and update; the model's default when unset. Training without guidance (1.0) is cheaper.")
+    height: int | None = option(None, "Height in pixels; the model's default when unset.")
+    width: int | None = option(None, "Width in pixels; the model's default when unset.")
+    num_frames: int | None = option(None, "Frames of a clip, for video models.")
+    call: dict[str, Any] = option({}, "Further arguments of the pipeline's call (negative_prompt, max_sequence_length, ...).")
+    init_noise: Literal["per_sample", "shared"] = option("per_sample", "Whether the samples of a group start from the same noise.")
+
+    # -- how the reward becomes an update
+    objective: dict[str, Any] = option({"name": "grpo"}, "The method and its options.")
+    prompts_per_step: int = option(16, "Prompts per training step, over all processes.")
+    num_generations: int = option(8, "Samples per prompt: the group that advantages are relative to.")
+    updates_per_step: int = option(1, "Optimiser updates per training step; the samples are split between them.")
+    batch_size: int = option(32, "Samples per denoiser call, per process, in rollout and update.")
+    scale_rewards: Literal["group", "batch", "none"] = option("group", "Divide centred rewards by the deviation of the group, of the batch, or not.")
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option("normalize_then_sum", "Several rewards: sum and normalise, or normalise each and sum (GDPO).")
+
+    # -- optimiser
+    learning_rate: float = option(3e-4, "AdamW's learning rate.")
+    adam_beta1: float = option(0.9, "AdamW's first beta.")
+    adam_beta2: float = option(0.999, "AdamW's second beta.")
+    weight_decay: float = option(1e-4, "AdamW's weight decay.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    lr_warmup_steps: int = option(0, "Updates over which the learning rate rises linearly from 0.")
+    ema_decay: float = option(0.9, "Decay of the averaged weights that are evaluated and saved, per update; warmed up as (1 + n) / (10 + n).")
+    max_steps: int = option(100, "Training steps (rollout plus updates).")
+    max_minutes: float | None = option(None, "Stop after this many minutes of training, whichever comes first; none by default.")
+    seed: int = option(0, "Seed of everything random: prompt order, noise, windows, LoRA initialisation.")
+
+    # -- what is kept
+    output_dir: str = option("runs/flowrl", "Folder of the run.")
+    checkpointing_steps: int = option(50, "Steps between checkpoints; 0 keeps only the last state.")
+    checkpoints_total_limit: int = option(2, "Checkpoints kept.")
+    samples_steps: int = option(10, "Steps between sample pictures on disk; 0 for none.")
+    eval_steps: int = option(0, "Steps between evaluations; 0 for none.")
+    eval_num_inference_steps: int = option(20, "Denoising steps of an evaluation, always by the ODE.")
+    eval_seeds: int = option(1, "Samples per prompt in an evaluation.")
+    report_to: str = option("tensorboard", "Trackers, comma separated, by accelerate's names (tensorboard, wandb, ...), or none.")
+    resume_from_checkpoint: str | None = option(None, "Checkpoint folder to go on from, or `latest` of output_dir.")
+    checks: bool = option(True, "Check before the first update that the run can work, and stop with the cause if not.")
+
+    def __post_init__(self) -> None:
+        positive = (
+            "lora_rank", "num_inference_steps", "prompts_per_step", "updates_per_step", "batch_size", "max_steps", "learning_rate",
+            "max_grad_norm", "eval_num_inference_steps", "eval_seeds",
+        )  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+        for name in ("checkpointing_steps", "samples_steps", "eval_steps", "weight_decay", "lr_warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations={self.num_generations}: a group of one has no advantage; use at least 2, better 8 to 24")
+        if self.num_inference_steps < 2:
+            raise ConfigError("num_inference_steps=1: the last step is deterministic, so there is nothing to train; use at least 2")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
+        if not self.rewards:
+            raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
+        if self.eval_steps and not self.eval_prompts:
+            raise ConfigError("eval_steps is set but eval_prompts is not: name the prompts to evaluate on")
+
+    def call_arguments(self) -> dict[str, Any]:
+        """Pipeline call arguments that the recipe sets."""
+        named = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")}
+        return {**self.call, **{name: value for name, value in named.items() if value is not None}}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.name.removesuffix(".yaml") for path in files("flowrl.train.recipes").iterdir() if path.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from a shipped name, a YAML file or a mapping, with `key=value` overrides. Raises ConfigError in one sentence."""
+    values = dict(source) if isinstance(source, dict) else _read_yaml(source)
+    for override in overrides:
+        _override(values, override)
+    return make(Recipe, values, "recipe")
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if str(source) in recipe_names():
+        text = files("flowrl.train.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        close = difflib.get_close_matches(str(source), recipe_names(), n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else f"; recipes that ship: {', '.join(recipe_names())}"
+        raise ConfigError(f"no recipe {source}{hint}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{source}{f', line {mark.line + 1}' if mark else ''}: not valid YAML") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: a recipe is a mapping of options")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Put one `key=value` or `section.key=value` into place. Naming another class in a section drops the old one's options."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{override!r}: overrides look like key=value")
+    value = yaml.safe_load(text) if text else ""
+    section, _, name = key.strip().partition(".")
+    if not name:
+        known = {field.name: field for field in dataclasses.fields(Recipe)}
+        if section in ("objective", "transition", "steps") and isinstance(value, str):
+            value = {"name": value}
+        if section == "rewards" and isinstance(value, str):
+            value = {value: 1.0}
+        if section not in known:
+            raise ConfigError(unknown("recipe option", section, known))
+        values[section] = value
+        return
+    current = values.get(section)
+    if current is None:
+        default = next((f for f in dataclasses.fields(Recipe) if f.name == section), None)
+        if default is None:
+            raise ConfigError(unknown("recipe option", section, [f.name for f in dataclasses.fields(Recipe)]))
+        current = default.default_factory() if default.default_factory is not dataclasses.MISSING else {}
+        if section in ("rewards", "eval_rewards"):
+            current = {}
+    if not isinstance(current, dict):
+        raise ConfigError(f"{key}: {section} is a single value, not a section")
+    if name == "name":
+        values[section] = {"name": value}
+    elif value is None:
+        values[section] = {k: v for k, v in current.items() if k != name}
+    else:
+        values[section] = {**current, name: value}
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """'unknown WHAT NAME; did you mean ...?'"""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"unknown {what} {name!r}" + (f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}")
+
+
+def make(cls: type[T], values: dict[str, Any], what: str) -> T:
+    """A dataclass from a mapping: unknown keys and wrong types are ConfigErrors; '1e-4' is a number where one is wanted."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(unknown(f"{what} option", key, fields))
+        arguments[key] = _coerce(value, hints[key], f"{key}" if what == "recipe" else f"{what}.{key}")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def build(section: dict[str, Any] | str, classes: dict[str, type], what: str) -> Any:
+    """An instance from a section {name: ..., option: ...} and the classes it may name."""
+    section = {"name": section} if isinstance(section, str) else dict(section)
+    name = section.pop("name", None)
+    if name is None:
+        raise ConfigError(f"{what} has no name: choose one of {', '.join(classes)}")
+    if name not in classes:
+        raise ConfigError(unknown(what, name, classes))
+    return make(classes[name], section, what)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _coerce(value, next(o for o in options if o is not type(None)), where)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(f"{where}={value!r}: choose one of {', '.join(map(str, options))}")
+        return value
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where}={value!r}: true or false")
+        return value
+    if hint in (int, float):
+        try:
+            number = hint(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None or (hint is int and float(value) != number):
+            raise ConfigError(f"{where}={value!r}: wants {'a whole number' if hint is int else 'a number'}")
+        return number
+    if hint is str:
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"{where}={value!r}: wants text")
+        return str(value)
+    if origin is dict and not isinstance(value, dict):
+        raise ConfigError(f"{where}={value!r}: wants a mapping, like {where}: {{name: ...}}")
+    if origin is list and not isinstance(value, list):
+        raise ConfigError(f"{where}={value!r}: wants a list, like [a, b]")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run, worked out and checked before any weight is loaded."""
+
+    recipe: Recipe
+    world_size: int
+    trained_steps: int
+
+    @property
+    def images_per_step(self) -> int:
+        return self.recipe.prompts_per_step * self.recipe.num_generations
+
+    @property
+    def images_per_update(self) -> int:
+        """Per process."""
+        return self.images_per_step // self.world_size // self.recipe.updates_per_step
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Denoiser calls with gradient behind one update, per process."""
+        return self.images_per_update // self.batch_size * self.trained_steps
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.recipe.batch_size, self.images_per_update)
+
+    def check(self) -> Plan:
+        r = self.recipe
+        divisor = self.world_size * r.updates_per_step
+        if r.prompts_per_step % divisor:
+            valid = sorted({max(divisor, r.prompts_per_step // divisor * divisor), (r.prompts_per_step // divisor + 1) * divisor})
+            raise ConfigError(
+                f"prompts_per_step={r.prompts_per_step} does not divide over {self.world_size} process(es) x updates_per_step={r.updates_per_step}; "
+                f"use {' or '.join(map(str, valid))}"
+            )
+        if self.images_per_update % self.batch_size:
+            per = self.images_per_update
+            divisors = [d for d in range(1, per + 1) if per % d == 0]
+            valid = sorted(divisors, key=lambda d: abs(d - r.batch_size))[:3]
+            raise ConfigError(
+                f"batch_size={r.batch_size} does not divide the {per} images of an update (prompts_per_step x num_generations / processes / "
+                f"updates_per_step); use {', '.join(map(str, sorted(valid)))}"
+            )
+        return self
+
+    def table(self) -> list[tuple[str, str]]:
+        r = self.recipe
+        calls = self.images_per_step * r.num_inference_steps
+        updates = self.images_per_step * self.trained_steps
+        return [
+            ("prompts per step", str(r.prompts_per_step)),
+            ("images per step", f"{self.images_per_step} = {r.prompts_per_step} prompts x {r.num_generations} generations"),
+            ("updates per step", f"{r.updates_per_step}, each over {self.images_per_step // r.updates_per_step} images"),
+            ("batches per update", f"{self.images_per_update // self.batch_size} of {self.batch_size} images x {self.trained_steps} trained step(s) = {self.gradient_accumulation_steps} backward passes per process"),
+            ("denoiser calls per step", f"{calls} images x steps in rollout, {updates} with gradient"),
+            ("steps", f"{r.max_steps} ({r.max_steps * self.images_per_step} images)"),
+            ("processes", str(self.world_size)),
+        ]  # fmt: skip

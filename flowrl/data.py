@@ -1,0 +1,72 @@
+"""Prompts: from text files, JSON lines and the embedded sets; the order in which training sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from flowrl.batch import Prompt
+
+#: Prompt sets that come with the library, by name.
+EMBEDDED = ("tiny-train", "tiny-test")
+
+
+def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
+    """Prompts from a .txt file (one per line), a .jsonl file (`prompt` plus free columns), an embedded name, or a list.
+
+    Raises FileNotFoundError, or ValueError that names the file and the line.
+    """
+    if not isinstance(source, str | Path):
+        prompts = [item if isinstance(item, Prompt) else Prompt(item) for item in source]
+        if not prompts:
+            raise ValueError("the list of prompts is empty")
+        return prompts
+    if str(source) in EMBEDDED:
+        path = Path(str(files("flowrl.assets"))) / "prompts" / f"{source}.jsonl"
+    else:
+        path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompt file at {path} (embedded sets: {', '.join(EMBEDDED)})")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    read = _from_json if path.suffix in (".jsonl", ".json") else lambda line, where: Prompt(line.strip())
+    prompts = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has no prompts in it")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{where}: wants an object with a string "prompt", like {{"prompt": "a red circle"}}')
+    return Prompt(row.pop("prompt"), row)
+
+
+def prompt_order(num_prompts: int, count: int, step: int, seed: int) -> list[int]:
+    """Which prompts step `step` (0, 1, ...) takes, `count` of them: every epoch a fresh permutation, nothing to remember.
+
+    A prompt appears at most once per step as long as count <= num_prompts.
+    """
+    indices: list[int] = []
+    if count > num_prompts:  # more than one epoch per step: whole permutations, then a rest
+        raise ValueError(f"prompts_per_step={count} exceeds the {num_prompts} prompts of the file")
+    per_epoch = num_prompts // count  # steps per epoch; the rest of a permutation waits for the next one
+    epoch, position = divmod(step, per_epoch)
+    permutation = np.random.default_rng([seed, epoch]).permutation(num_prompts)
+    indices.extend(int(i) for i in permutation[position * count : (position + 1) * count])
+    return indices
+
+
+def sample_seed(*numbers: int) -> int:
+    """A seed below 2^62 from (run seed, step, prompt, generation, ...): the same on every machine, unrelated neighbours."""
+    return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> np.uint64(2))

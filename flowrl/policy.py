@@ -1,0 +1,466 @@
+"""A diffusers pipeline seen as an RL policy: rollout, velocity with gradient, decode, and the weights it can wear.
+
+    policy = Policy.load("tiny-sd3")
+    policy.add_lora(rank=16)
+    samples = policy.rollout(["a red circle"] * 8, seeds=range(8), transition=CPS(0.8), stochastic=[2, 3, 4])
+    v = policy.velocity(samples.texts, samples.steps[0])          # with graph, equal to the rollout's
+    with policy.using("reference"):
+        v_ref = policy.velocity(samples.texts, samples.steps[0])  # adapters off
+
+No pipeline is copied or patched for good: `samplers/scheduler.py` drives the pipeline's own `__call__` through its scheduler.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowrl.batch import Prompt, Samples, Step
+from flowrl.samplers.scheduler import Decode, Grid, Replay, Rollout, Unservable, driven, one_step_scheduler
+from flowrl.samplers.transitions import ODE, Transition
+
+#: Models that come with the library, by name.
+EMBEDDED = {"tiny-sd3": "tiny-sd3"}
+DENOISERS = ("transformer", "transformer_2", "unet")
+#: Which attention projections a LoRA adapts when nothing is said: those of diffusers' own training scripts.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DEFAULTS_FILE = "flowrl.json"
+
+
+class Policy:
+    """A pipeline as a policy. `call` holds the pipeline's call arguments that rollout, replay and decode share.
+
+    pipe: any diffusers pipeline that the seam serves (`Unservable` says why not). Its weights are frozen, in eval mode.
+    autocast: None, or the dtype of the denoiser's autocast (weights keep their own).
+    """
+
+    def __init__(self, pipe: Any, call: dict[str, Any] | None = None, autocast: torch.dtype | None = None):
+        self.pipe = pipe
+        self.call: dict[str, Any] = dict(call or {})
+        self.autocast_dtype = autocast
+        self._raw_call = _undecorated_call(pipe)
+        _check_servable(pipe)
+        pipe.scheduler = one_step_scheduler(pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        self.denoisers: dict[str, nn.Module] = {
+            name: module for name in DENOISERS if isinstance(module := getattr(pipe, name, None), nn.Module)
+        }
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.has_lora = False
+        self.snapshots: dict[str, dict[str, Tensor]] = {}
+        self.wearing = "policy"
+        self.model_calls = 0  # denoiser calls so far (samples x steps), for accounting
+        self._memo = _PromptMemo(pipe)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        lora: str | Path | None = None,
+        dtype: str = "float32",
+        autocast: str | None = None,
+        device: str | torch.device | None = None,
+        attention_backend: str | None = None,
+        **call: Any,
+    ) -> Policy:
+        """Load a pipeline directory, a hub id or an embedded model ("tiny-sd3"), and optionally a LoRA folder on top.
+
+        dtype: of the weights. autocast: "bfloat16" or "float16" runs the denoiser under autocast. `call` overrides the
+        model's own call defaults (its `flowrl.json`, where there is one). Raises `FileNotFoundError` with the cause.
+        """
+        from diffusers import DiffusionPipeline
+
+        path = resolve_model(model)
+        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=DTYPES[dtype])
+        defaults_file = Path(path) / DEFAULTS_FILE
+        defaults = json.loads(defaults_file.read_text())["call"] if defaults_file.is_file() else {}
+        if lora is not None:
+            pipe.load_lora_weights(str(lora), adapter_name="policy")
+        if device is not None:
+            pipe.to(device)
+        policy = cls(pipe, {**defaults, **call}, DTYPES[autocast] if autocast else None)
+        policy.has_lora = lora is not None
+        if attention_backend is not None:
+            policy.set_attention_backend(attention_backend)
+        return policy
+
+    # ---------------------------------------------------------------------------------------- properties
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.denoisers.values())).parameters().__next__().device
+
+    @property
+    def name(self) -> str:
+        return type(self.pipe).__name__
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a call runs the denoiser twice (classifier-free guidance)."""
+        true_cfg, guidance = self.call.get("true_cfg_scale"), self.call.get("guidance_scale")
+        return (true_cfg or guidance or 1.0) > 1 if "true_cfg_scale" in self._parameters else (guidance or 1.0) > 1
+
+    @property
+    def _parameters(self) -> Any:
+        return inspect.signature(self._raw_call).parameters
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by a name that is stable over runs."""
+        return {
+            f"{name}.{key}": parameter
+            for name, module in self.denoisers.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    # ---------------------------------------------------------------------------------------- what trains
+
+    def add_lora(self, rank: int = 32, alpha: float | None = None, targets: Sequence[str] | None = None, seed: int = 0) -> None:
+        """Put a LoRA on every denoiser (fp32 weights over a base of any dtype). alpha: twice the rank by default.
+
+        targets: module name endings; the attention projections by default. Raises ValueError when none matches.
+        """
+        from peft import LoraConfig
+
+        for module in self.denoisers.values():
+            names = [name for name, _ in module.named_modules()]
+            wanted = list(targets or LORA_TARGETS)
+            present = [target for target in wanted if any(name == target or name.endswith("." + target) for name in names)]
+            missing = sorted(set(wanted) - set(present)) if targets else []
+            if missing or not present:
+                endings = sorted({name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)})
+                raise ValueError(f"lora_targets {missing or wanted} match nothing in {type(module).__name__}; its linear layers end in {endings}")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, init_lora_weights="gaussian", target_modules=present)
+                module.add_adapter(config, adapter_name="policy")
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        self.has_lora = True
+
+    def train_lora(self) -> None:
+        """Go on training a LoRA that was loaded."""
+        for module in self.denoisers.values():
+            module.set_adapter("policy")
+            for name, parameter in module.named_parameters():
+                if "lora_" in name:
+                    parameter.requires_grad_(True)
+                    parameter.data = parameter.data.float()
+
+    def train_all(self) -> None:
+        """Full fine-tuning. The reference is then a frozen copy: call `snapshot("reference")` before the first update."""
+        for module in self.denoisers.values():
+            module.requires_grad_(True)
+
+    # ---------------------------------------------------------------------------------------- which weights it wears
+
+    def snapshot(self, name: str) -> None:
+        """Keep a copy of the trainable weights under `name` ("ema", "old", "reference")."""
+        self.snapshots[name] = {key: parameter.detach().clone() for key, parameter in self.trainable().items()}
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """Move snapshot `name` towards the policy: s <- decay s + (1 - decay) policy. decay 0 copies."""
+        for key, parameter in self.trainable().items():
+            self.snapshots[name][key].lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Wear other weights inside the block: "policy", "reference", or a snapshot. Not to be left open during backward.
+
+        Reference means adapters off where there is a LoRA, and otherwise the snapshot of that name.
+        """
+        if name == self.wearing:
+            yield
+            return
+        if self.wearing != "policy":
+            raise RuntimeError(f"already using {self.wearing!r}; leave it before using {name!r}")
+        self.wearing = name
+        try:
+            if name == "reference" and self.has_lora:
+                for module in self.denoisers.values():
+                    module.disable_adapters()
+                try:
+                    yield
+                finally:
+                    for module in self.denoisers.values():
+                        module.enable_adapters()
+            elif name in self.snapshots:
+                parameters = self.trainable()
+                own = {key: parameter.data for key, parameter in parameters.items()}
+                for key, parameter in parameters.items():
+                    parameter.data = self.snapshots[name][key]
+                try:
+                    yield
+                finally:
+                    for key, parameter in parameters.items():
+                        parameter.data = own[key]
+            else:
+                raise KeyError(f"no weights named {name!r}; there are {['policy', 'reference', *self.snapshots]}")
+        finally:
+            self.wearing = "policy"
+
+    # ---------------------------------------------------------------------------------------- calling the pipeline
+
+    def encode(self, prompts: Iterable[str]) -> None:
+        """Encode prompts ahead of time, one by one; after that the text encoders are not called again for them."""
+        for prompt in dict.fromkeys(prompts):
+            self._run([prompt], Decode(self.pipe), generator=_generators([0]), output_type="latent")
+
+    def rollout(
+        self,
+        prompts: Sequence[str | Prompt],
+        seeds: Sequence[int],
+        *,
+        transition: Transition | None = None,
+        stochastic: Sequence[int] = (),
+        init_seeds: Sequence[int] | None = None,
+        group: Tensor | None = None,
+        keep_velocity: bool = False,
+        **call: Any,
+    ) -> Samples:
+        """Sample one batch without gradient and record the stochastic steps.
+
+        prompts, seeds: B each; a sample depends on its own prompt and seed only. stochastic: indices of the steps that follow
+        `transition` (ODE elsewhere). init_seeds: seeds of the initial noise where they differ (shared inside a group).
+        """
+        items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+        transition = transition or ODE()
+        if stochastic and transition.deterministic:
+            raise ValueError(f"{transition} is deterministic: no step can be stochastic; choose FlowSDE, CPS, DanceSDE or DDIM with noise")
+        seeds = [int(seed) for seed in seeds]
+        drive = Rollout(self.pipe, transition, list(stochastic), _generators(seeds, offset=1), keep_velocity)
+        final: list[Tensor] = []
+        if "callback_on_step_end" in self._parameters:  # sees the state after the pipeline's own edits (inpainting blends)
+            call = {**call, "callback_on_step_end": lambda pipe, i, t, kwargs: final.append(kwargs["latents"]) or kwargs}
+        with torch.no_grad():
+            self._run([item.text for item in items], drive, generator=_generators(init_seeds or seeds), output_type="latent", **call)
+        groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
+        latents = final[-1] if final else drive.latents
+        return Samples(prompts=items, seeds=seeds, group=groups, latents=latents, steps=drive.steps)
+
+    def velocity(self, prompts: Sequence[str], at: Step | Tensor, t: Tensor | None = None, **call: Any) -> Tensor:
+        """The velocity v = eps - x0, (B, ...), with graph where gradients are enabled.
+
+        at: a recorded step (bit-equal to the rollout's v for the same batch), or a state in flow coordinates (B, ...) with its
+        times t (B,) in (0, 1].
+        """
+        if isinstance(at, Step):
+            drive, native = Replay(self.pipe, index=at.index), at.native
+        else:
+            assert t is not None, "a state needs its times"
+            drive = Replay(self.pipe, t=t)
+            native = self.grid(**call).to_native(at, t, self._state_dtype)
+        self._run(prompts, drive, native, generator=_generators([0] * len(prompts)), output_type="latent", **call)
+        if drive.velocity is None:
+            raise Unservable(f"{self.name} did not call its scheduler at the requested step")
+        return drive.velocity
+
+    def decode(self, samples: Samples | Tensor, prompts: Sequence[str] | None = None, batch_size: int = 32, **call: Any) -> Tensor:
+        """Latents to pictures (N, 3, H, W) or clips (N, F, 3, H, W), fp32 in [0, 1], by the pipeline's own tail."""
+        latents = samples.latents if isinstance(samples, Samples) else samples
+        texts = list(samples.texts if isinstance(samples, Samples) else prompts or [""] * len(latents))
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(latents), batch_size):
+                part = slice(start, start + batch_size)
+                seeds = [0] * len(texts[part])
+                output = self._run(texts[part], Decode(self.pipe), latents[part], generator=_generators(seeds), output_type="pt", autocast=False, **call)
+                parts.append(output[0].float())
+        return torch.cat(parts)
+
+    def grid(self, **call: Any) -> Grid:
+        """The time grid of a call, without running the denoiser."""
+        drive = Decode(self.pipe)
+        with torch.no_grad():
+            self._run([""], drive, generator=_generators([0]), output_type="latent", **call)
+        assert drive.grid is not None
+        return drive.grid
+
+    def _run(self, prompts: Sequence[str], drive: Any, latents: Tensor | None = None, autocast: bool = True, **call: Any) -> Any:
+        arguments = {**self.call, **call, "return_dict": False}
+        with driven(self.pipe, drive, latents), self.autocast() if autocast else nullcontext():
+            return self._raw_call(self.pipe, prompt=list(prompts), **arguments)
+
+    def autocast(self) -> Any:
+        """Autocast for the denoiser, without its weight cache: a cache filled under no_grad would cut the graph later."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, cache_enabled=False)
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        return next(iter(self.denoisers.values())).dtype
+
+    # ---------------------------------------------------------------------------------------- backends, saving
+
+    def set_attention_backend(self, name: str) -> None:
+        """Use one of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike.
+
+        Probed on this machine by the trainer, forward and backward, before any training.
+        """
+        for module in self.denoisers.values():
+            if not hasattr(module, "set_attention_backend"):
+                raise ValueError(f"{type(module).__name__} has no attention backends in this diffusers; leave attention_backend unset")
+            module.set_attention_backend(name)
+
+    def enable_gradient_checkpointing(self) -> None:
+        for module in self.denoisers.values():
+            module.enable_gradient_checkpointing()
+
+    def save(self, folder: Path, weights: str = "policy") -> None:
+        """Write what was trained: `pytorch_lora_weights.safetensors` (LoRA), or a whole pipeline directory (full fine-tuning)."""
+        with self.using(weights):
+            if self.has_lora:
+                from peft.utils import get_peft_model_state_dict
+
+                layers = {f"{name}_lora_layers": get_peft_model_state_dict(module, adapter_name="policy") for name, module in self.denoisers.items()}
+                metadata = {
+                    f"{name}_lora_adapter_metadata": module.peft_config["policy"].to_dict() for name, module in self.denoisers.items()
+                }
+                accepted = inspect.signature(type(self.pipe).save_lora_weights).parameters
+                type(self.pipe).save_lora_weights(str(folder), **layers, **{k: v for k, v in metadata.items() if k in accepted})
+            else:
+                self.pipe.save_pretrained(str(folder), safe_serialization=True)
+                (Path(folder) / DEFAULTS_FILE).write_text(json.dumps({"call": self.call}, indent=2) + "\n")
+
+
+def resolve_model(model: str | Path) -> Path | str:
+    """An embedded name, a directory that holds a whole pipeline, or else a hub id. Raises FileNotFoundError with the cause."""
+    if str(model) in EMBEDDED:
+        from importlib.resources import files
+
+        return Path(str(files("flowrl.assets"))) / EMBEDDED[str(model)]
+    path = Path(model)
+    if path.exists():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise FileNotFoundError(f"{path} is not a diffusers pipeline: it has no model_index.json")
+        components = json.loads(index.read_text())
+        missing = [
+            name
+            for name, entry in components.items()
+            if name in (*DENOISERS, "vae") and isinstance(entry, list) and entry[0] and not list((path / name).glob("*.safetensors"))
+        ]
+        if missing:
+            raise FileNotFoundError(f"{path} has no safetensors weights for: {', '.join(missing)}")
+        return path
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no model at {model}; embedded models: {', '.join(EMBEDDED)}; hub ids look like owner/name")
+    return str(model)
+
+
+def _undecorated_call(pipe: Any) -> Callable[..., Any]:
+    """The pipeline's `__call__` without its no_grad decorator."""
+    call = inspect.unwrap(type(pipe).__call__)
+    if call is type(pipe).__call__:
+        raise Unservable(f"{type(pipe).__name__}: its __call__ is not decorated, so gradients cannot be let through")
+    return call
+
+
+def _check_servable(pipe: Any) -> None:
+    name = type(pipe).__name__
+    for attribute in ("scheduler", "encode_prompt", "prepare_latents"):
+        if not hasattr(pipe, attribute):
+            raise Unservable(f"{name} has no {attribute}: the seam has nothing to hold on to")
+    if not any(getattr(pipe, denoiser, None) is not None for denoiser in DENOISERS):
+        raise Unservable(f"{name} has none of {', '.join(DENOISERS)}")
+
+
+def _generators(seeds: Sequence[int], offset: int = 0) -> list[torch.Generator]:
+    """One CPU generator per sample: the same picture on every device and in every batch. offset separates uses of one seed."""
+    return [torch.Generator().manual_seed((int(seed) * 2 + offset) % (1 << 63)) for seed in seeds]
+
+
+class _PromptMemo:
+    """Encodes each distinct prompt once, through the pipeline's own `encode_prompt`, whatever it returns.
+
+    A row of the batch is encoded alone; the results are stacked along the dimension that grows with the batch, found by
+    encoding one prompt and then two. Sequences of different lengths are padded with zeros at the end, as pipelines do, and
+    a mask that a pipeline leaves out where nothing is padded (Qwen-Image) is filled in.
+    """
+
+    ROWS = ("prompt", "prompt_2", "prompt_3", "prompt_4", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
+
+    def __init__(self, pipe: Any):
+        self.encode = pipe.encode_prompt
+        self.signature = inspect.signature(self.encode)
+        self.memo: dict[Any, Any] = {}
+        pipe.encode_prompt = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(*args, **kwargs).arguments
+        prompts = bound.get("prompt")
+        if not isinstance(prompts, list) or any(isinstance(value, Tensor) for value in bound.values()):
+            return self.encode(*args, **kwargs)
+        rows = [{key: self._row(key, value, i, len(prompts)) for key, value in bound.items()} for i in range(len(prompts))]
+        results = [self._encoded(row) for row in rows]
+        if not isinstance(results[0], tuple):
+            return _stack(results)
+        grows = self._growing(rows[0])
+        columns = [[result[k] for result in results] for k in range(len(grows))]
+        lengths = next(
+            ([v.shape[1] for v in column] for column, grow in zip(columns, grows, strict=True) if grow and isinstance(column[0], Tensor) and column[0].ndim > 1),
+            [],
+        )
+        if len(set(lengths)) > 1:
+            masks = self._masks(rows[lengths.index(min(lengths))], rows[lengths.index(max(lengths))])
+            for k, dtype in masks.items():
+                columns[k] = [torch.ones(1, n, dtype=dtype) if v is None else v for v, n in zip(columns[k], lengths, strict=True)]
+        return tuple(_stack(column) if grow else column[0] for column, grow in zip(columns, grows, strict=True))
+
+    def _row(self, key: str, value: Any, i: int, size: int) -> Any:
+        return [value[i if len(value) == size else 0]] if key in self.ROWS and isinstance(value, list) else value
+
+    def _encoded(self, row: dict[str, Any]) -> Any:
+        key = tuple((name, repr(value)) for name, value in row.items())
+        if key not in self.memo:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                self.memo[key] = self.encode(**row)
+        return self.memo[key]
+
+    def _pair(self, first: dict[str, Any], second: dict[str, Any]) -> Any:
+        """Two rows encoded as one batch."""
+        return self._encoded({key: value + second[key] if key in self.ROWS and isinstance(value, list) else value for key, value in first.items()})
+
+    def _once(self, what: str, row: dict[str, Any], find: Callable[[], Any]) -> Any:
+        """A fact about `encode_prompt` that depends on the kind of call and not on its prompts."""
+        kind = (what, *((name, repr(value)) for name, value in row.items() if name not in self.ROWS))
+        if kind not in self.memo:
+            self.memo[kind] = find()
+        return self.memo[kind]
+
+    def _growing(self, row: dict[str, Any]) -> list[bool]:
+        """For each returned value: does its first dimension grow with the batch?"""
+        return self._once("growing", row, lambda: [a is None or len(b) == 2 * len(a) for a, b in zip(self._encoded(row), self._pair(row, row), strict=True)])
+
+    def _masks(self, short: dict[str, Any], long: dict[str, Any]) -> dict[int, torch.dtype]:
+        """Positions and types of the masks that appear only where prompts of different lengths share a batch."""
+        return self._once(
+            "masks", short, lambda: {k: b.dtype for k, (a, b) in enumerate(zip(self._encoded(short), self._pair(short, long), strict=True)) if a is None and b is not None}
+        )
+
+
+def _stack(values: list[Any]) -> Any:
+    """Results of single prompts as the result of the batch."""
+    if values[0] is None:
+        return None
+    if isinstance(values[0], list):
+        return [item for value in values for item in value]
+    length = max(value.shape[1] for value in values) if values[0].ndim > 1 else 0
+    if length:
+        values = [nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1])) for value in values]
+    return torch.cat([value.to(values[0].device) for value in values])

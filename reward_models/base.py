@@ -1,0 +1,124 @@
+"""What a reward is: a callable from samples to one number each, higher is better, NaN where it abstains.
+
+    reward(samples) -> Tensor (N,)
+
+A plain function `def f(images, prompts, **columns) -> list[float | None]` is a reward too, and so is its dotted path. It gets
+images as a tensor (N, 3, H, W) in [0, 1] (clips: (N, F, 3, H, W)), or as PIL pictures when it has the attribute `pil = True`,
+and those columns of the prompt file that it names (all of them with **columns). None abstains.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowrl.batch import Samples
+
+
+class Reward(Protocol):
+    """A scorer. Stateful ones are classes; `name` is how metrics call it."""
+
+    name: str
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """(N,) fp32 on the CPU, higher is better, NaN abstains."""
+
+
+class RewardError(RuntimeError):
+    """A scorer broke its contract or failed; the message names the reward and what it did."""
+
+
+class FunctionReward:
+    """A plain function as a reward. Raises RewardError when it returns the wrong number or type of values, or raises."""
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None):
+        self.function = function
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+        parameters = inspect.signature(function).parameters
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.parameters = set(parameters)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        assert samples.images is not None, "rewards score decoded samples"
+        images = to_pil(samples.images) if getattr(self.function, "pil", False) else samples.images
+        columns = {name: values for name, values in samples.columns.items() if self.takes_all or name in self.parameters}
+        try:
+            values = self.function(images, samples.texts, **columns)
+        except Exception as error:
+            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
+        return as_scores(values, len(samples), self.name)
+
+
+def as_scores(values: Any, count: int, name: str) -> Tensor:
+    """What a scorer returned, as (count,) fp32 on the CPU, None as NaN. Raises RewardError on anything else."""
+    if isinstance(values, Tensor):
+        scores = values.detach().float().cpu()
+    else:
+        try:
+            scores = torch.tensor([float("nan") if value is None else float(value) for value in values])
+        except (TypeError, ValueError):
+            raise RewardError(f"reward {name!r} returned {type(values).__name__} instead of one number (or None) per sample") from None
+    if scores.shape != (count,):
+        raise RewardError(f"reward {name!r} returned values of shape {tuple(scores.shape)} for {count} samples")
+    if scores.isinf().any():
+        raise RewardError(f"reward {name!r} returned infinity for sample {int(scores.isinf().nonzero()[0])}")
+    return scores
+
+
+def to_pil(images: Tensor) -> list[Any]:
+    """(N, 3, H, W) in [0, 1] -> N PIL pictures; clips (N, F, 3, H, W) -> N lists of F."""
+    from PIL import Image
+
+    def one(image: Tensor) -> Any:
+        if image.ndim == 4:
+            return [one(frame) for frame in image]
+        return Image.fromarray(image.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+    return [one(image) for image in images]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """', did you mean ...?' for an unknown name, or the list of known ones."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(known)}"
+
+
+def load_reward(spec: str | Callable[..., Any], rewards: dict[str, Callable[..., Reward]] | None = None, **options: Any) -> Reward:
+    """A reward from its name, the dotted path of a function (`my_package.my_module.my_function`), a function, or a Reward.
+
+    options go to the named reward's constructor. Raises ValueError for unknown names (with the nearest known ones), for paths
+    that cannot be imported and for options that the reward does not have.
+    """
+    if rewards is None:
+        from flowrl.reward_models import REWARDS as rewards
+    if not isinstance(spec, str):
+        return spec if hasattr(spec, "name") else FunctionReward(spec)
+    if spec in rewards:
+        try:
+            return rewards[spec](**options)
+        except TypeError as error:
+            raise ValueError(f"reward {spec!r}: {error}") from None
+    module_name, _, function_name = spec.replace(":", ".").rpartition(".")
+    if not module_name:
+        raise ValueError(f"unknown reward {spec!r}{nearest(spec, rewards)} (or give the dotted path of a function)")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise ValueError(f"reward {spec!r}: cannot import {module_name} ({error})") from None
+    except AttributeError:
+        raise ValueError(f"reward {spec!r}: {module_name} has no {function_name}") from None
+    if inspect.isclass(function):
+        function = function(**options)
+    return function if hasattr(function, "name") else FunctionReward(function, function_name)
+
+
+def score(rewards: dict[str, Reward], samples: Samples) -> Tensor:
+    """Every reward of every sample, (N, K) fp32 on the CPU, columns in the order of `rewards`."""
+    return torch.stack([as_scores(reward(samples), len(samples), name) for name, reward in rewards.items()], dim=1)

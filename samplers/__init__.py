@@ -1,0 +1,21 @@
+"""How a trajectory is drawn: the flow and its coordinates, the Gaussian steps, and which steps are stochastic."""
+
+from flowrl.samplers.schedules import SCHEDULES, AllButLast, Fraction, Window, t_max_of, time_grid
+from flowrl.samplers.transitions import CPS, DDIM, ODE, TRANSITIONS, DanceSDE, FlowSDE, Gaussian, Transition
+
+__all__ = [
+    "CPS",
+    "DDIM",
+    "ODE",
+    "SCHEDULES",
+    "TRANSITIONS",
+    "AllButLast",
+    "DanceSDE",
+    "FlowSDE",
+    "Fraction",
+    "Gaussian",
+    "Transition",
+    "Window",
+    "t_max_of",
+    "time_grid",
+]

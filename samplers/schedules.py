@@ -1,0 +1,116 @@
+"""Time grids, and which of their steps are stochastic and trained.
+
+A schedule answers `steps(num_steps, seed, update)`: the sorted indices of the steps that draw noise and are trained.
+All others follow the ODE. Step i goes from grid[i] to grid[i + 1]; the last one ends at t = 0 and is never trained.
+
+The answer depends on its arguments alone, through a hash that is the same in every process and on every platform: all
+ranks and all members of a group share it, a random one is drawn anew for each update, and a resumed run draws the same.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
+    """(num_steps + 1,) fp32: even steps from 1 to 0, moved towards noise by t -> shift t / (1 + (shift - 1) t).
+
+    diffusers' FlowMatchEulerDiscreteScheduler gives this grid when a pipeline passes it sigmas = 1, ..., 1/num_steps
+    (FLUX, Qwen-Image). Left to itself (SD3) it spends its last step near t = 0: num_steps values even from 1 to
+    sigma_min = shift / (1000 + shift - 1), then shifted, then 0.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1.")
+    if not shift > 0:
+        raise ValueError(f"shift={shift} must be positive: 1 leaves the grid even, 3 is SD3's.")
+    t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return (shift * t / (1 + (shift - 1) * t)).float()
+
+
+def t_max_of(grid: Tensor) -> Tensor:
+    """The largest time of the grid below 1 (within 1e-6 of 1 counts as 1). It stands in for t at the 1 - t pole."""
+    return grid[grid < 1 - 1e-6].max()
+
+
+@dataclass(frozen=True)
+class AllButLast:
+    """Every step but the last (Flow-GRPO, arXiv 2505.05470)."""
+
+    def steps(self, num_steps: int, seed: int, update: int) -> list[int]:
+        return list(range(_trainable(num_steps)))
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """A random part of the steps, drawn anew for each update (after DanceGRPO, arXiv 2505.07818).
+
+    DanceGRPO keeps the other steps stochastic too and draws a subset per sample; here they follow the ODE.
+    """
+
+    fraction: float = 0.6  #: Part of the num_steps - 1 steps before the last, rounded to whole steps, at least one.
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"Fraction fraction={self.fraction} must lie in (0, 1]: try 0.6.")
+
+    def steps(self, num_steps: int, seed: int, update: int) -> list[int]:
+        steps = range(_trainable(num_steps))
+        count = max(1, round(self.fraction * len(steps)))
+        return sorted(sorted(steps, key=lambda i: _hash(seed, update, i))[:count])
+
+
+@dataclass(frozen=True)
+class Window:
+    """`size` neighbouring steps within [low, high) (Flow-GRPO-Fast; progressive: MixGRPO, arXiv 2507.21802)."""
+
+    size: int = 2  #: Number of stochastic steps. In use: 2 to 4.
+    low: int = 0  #: First step the window may cover. Noise early in the trajectory changes rewards most.
+    high: int | None = None  #: End of the range, exclusive; at most num_steps - 1. By default half of the steps.
+    kind: Literal["fixed", "random", "progressive"] = "random"  #: At low; anywhere, per update; sliding up by one.
+    every: int = 25  #: Progressive only: updates between two moves. After the last position it starts again at low.
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.low < 0 or self.every < 1:
+            raise ValueError(
+                f"Window size={self.size}, low={self.low}, every={self.every}: "
+                "size and every must be at least 1, low at least 0."
+            )
+        if self.kind not in ("fixed", "random", "progressive"):
+            raise ValueError(f"Window kind={self.kind!r} is unknown: use 'fixed', 'random' or 'progressive'.")
+
+    def steps(self, num_steps: int, seed: int, update: int) -> list[int]:
+        high = num_steps // 2 if self.high is None else self.high
+        if high > _trainable(num_steps):
+            raise ValueError(
+                f"Window high={high} covers the last of {num_steps} steps, which is deterministic: "
+                f"set high to at most {num_steps - 1}."
+            )
+        starts = high - self.size - self.low + 1
+        if starts < 1:
+            raise ValueError(
+                f"Window size={self.size} does not fit between low={self.low} and high={high} of {num_steps} steps: "
+                f"set high to at least {self.low + self.size}, make it smaller, or sample with more steps."
+            )
+        shift = {"fixed": 0, "random": _hash(seed, update) % starts, "progressive": update // self.every % starts}
+        start = self.low + shift[self.kind]
+        return list(range(start, start + self.size))
+
+
+SCHEDULES = {"all_but_last": AllButLast, "fraction": Fraction, "window": Window}
+
+
+def _trainable(num_steps: int) -> int:
+    if num_steps < 2:
+        raise ValueError(
+            f"num_steps={num_steps} leaves no step to train, as the last is deterministic: use at least 2."
+        )
+    return num_steps - 1
+
+
+def _hash(*numbers: int) -> int:
+    """A 64-bit hash that, unlike Python's, never changes between processes, versions and platforms."""
+    text = " ".join(str(int(number)) for number in numbers)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

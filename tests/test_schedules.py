@@ -1,0 +1,174 @@
+"""Which steps are trained, and the time grid."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from flowrl.samplers import SCHEDULES, AllButLast, Fraction, Window, t_max_of, time_grid
+
+ALL = [
+    AllButLast(),
+    Fraction(0.3),
+    Fraction(1.0),
+    Window(2),
+    Window(3, low=2, high=9),
+    Window(3, kind="fixed", low=6, high=9),
+    Window(2, kind="progressive", every=1, high=9),
+]
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_steps_are_sorted_distinct_and_never_the_last(schedule):
+    for update in range(50):
+        steps = schedule.steps(10, seed=3, update=update)
+        assert steps == sorted(set(steps))
+        assert len(steps) >= 1
+        assert steps[0] >= 0
+        assert steps[-1] <= 8
+        assert all(type(step) is int for step in steps)
+
+
+def test_all_but_last():
+    assert AllButLast().steps(4, seed=0, update=7) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_steps", "count"), [(0.6, 11, 6), (0.29, 101, 29), (0.99, 10, 9), (0.01, 10, 1)]
+)
+def test_fraction_counts_whole_steps(fraction, num_steps, count):
+    """0.29 * 100 is 28.999999999999996 in floating point and still means 29 steps; 0.01 * 9 still trains one."""
+    assert len(Fraction(fraction).steps(num_steps, seed=0, update=0)) == count
+
+
+def test_fraction_reaches_every_step_equally_often():
+    """3 of 9 steps over 3000 updates: each 1000 times, standard deviation sqrt(3000 * 1/3 * 2/3) = 26."""
+    counts = Counter(i for update in range(3000) for i in Fraction(1 / 3).steps(10, seed=5, update=update))
+    assert set(counts) == set(range(9))
+    assert all(abs(count - 1000) < 4 * 26 for count in counts.values())
+
+
+def test_random_window_reaches_every_start_equally_often():
+    """Size 2 in [1, 6): starts 1, 2, 3, 4, each 750 times of 3000, standard deviation 24. It never leaves [1, 6)."""
+    starts: Counter[int] = Counter()
+    for update in range(3000):
+        first, second = Window(2, low=1, high=6).steps(10, seed=0, update=update)
+        assert second == first + 1
+        starts[first] += 1
+    assert set(starts) == {1, 2, 3, 4}
+    assert all(abs(count - 750) < 4 * 24 for count in starts.values())
+
+
+def test_window_covers_the_noisy_half_by_default():
+    seen = {i for update in range(200) for i in Window(2).steps(10, seed=0, update=update)}
+    assert seen == {0, 1, 2, 3, 4}
+
+
+def test_fixed_window_starts_at_low():
+    assert {tuple(Window(3, low=2, high=9, kind="fixed").steps(10, seed=s, update=s)) for s in range(20)} == {(2, 3, 4)}
+
+
+def test_progressive_window_advances_and_wraps():
+    """Size 2 in [0, 4) has starts 0, 1, 2; with every=2 the updates 0..7 see 0 0 1 1 2 2 0 0."""
+    window = Window(2, low=0, high=4, kind="progressive", every=2)
+    assert [window.steps(10, seed=9, update=u)[0] for u in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("schedule", [Fraction(0.5), Window(2, high=19)], ids=str)
+def test_random_schedules_change_with_update_and_seed(schedule):
+    by_update = [tuple(schedule.steps(20, seed=0, update=u)) for u in range(40)]
+    by_seed = [tuple(schedule.steps(20, seed=s, update=0)) for s in range(40)]
+    shifted = [tuple(schedule.steps(20, seed=1, update=u)) for u in range(40)]
+    assert len(set(by_update)) > 10
+    assert len(set(by_seed)) > 10
+    assert by_update != shifted
+    assert by_update[1:] != shifted[:-1]  # seed and update are not merely added up
+
+
+def test_answer_is_pinned():
+    """Ranks, platforms and resumed runs must agree, so the values may never change. Python's hash() would not do.
+
+    sha256("42 3") starts with c274ecd042d12253 in hex; modulo the 8 starts of a window of 2 in [0, 9) that is 3.
+    """
+    assert Window(2, high=9).steps(10, seed=42, update=3) == [3, 4]
+    assert Fraction(0.5).steps(10, seed=42, update=3) == [1, 2, 4, 7]
+    assert Window(2, high=9).steps(10, np.int64(42), np.int64(3)) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Fraction(0.0), r"fraction=0.0 must lie in \(0, 1\]"),
+        (lambda: Fraction(1.5), r"fraction=1.5 must lie in \(0, 1\]"),
+        (lambda: Window(0), "size=0"),
+        (lambda: Window(2, low=-1), "low=-1"),
+        (lambda: Window(2, every=0), "every=0"),
+        (lambda: Window(2, kind="sliding"), "kind='sliding' is unknown: use 'fixed', 'random' or 'progressive'"),
+        (
+            lambda: Window(6).steps(10, 0, 0),
+            "size=6 does not fit between low=0 and high=5 of 10 steps: set high to at least 6",
+        ),
+        (lambda: Window(2, low=4, high=5).steps(10, 0, 0), "size=2 does not fit between low=4 and high=5 of 10 steps"),
+        (lambda: Window(2, high=10).steps(10, 0, 0), "high=10 covers the last of 10 steps.*at most 9"),
+        (lambda: AllButLast().steps(1, 0, 0), "num_steps=1 leaves no step to train.*at least 2"),
+        (lambda: time_grid(0), "num_steps=0 must be at least 1"),
+        (lambda: time_grid(10, shift=0.0), "shift=0.0 must be positive"),
+    ],
+)
+def test_errors_name_the_numbers_and_the_fix(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_schedules_are_found_by_name():
+    assert SCHEDULES["window"](size=3, high=9).steps(10, 0, 0) == Window(3, high=9).steps(10, 0, 0)
+    assert set(SCHEDULES) == {"all_but_last", "fraction", "window"}
+
+
+# -- the grid ----------------------------------------------------------------------------------------------------------
+
+
+def test_grid_by_hand():
+    """4 steps, shift 3: 0.75 -> 2.25 / 2.5 = 0.9, 0.5 -> 1.5 / 2 = 0.75, 0.25 -> 0.75 / 1.5 = 0.5."""
+    torch.testing.assert_close(time_grid(4, shift=3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+    torch.testing.assert_close(time_grid(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 1.15, 3.0, 12.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 50, 1000])
+def test_grid_falls_from_exactly_one_to_exactly_zero(num_steps, shift):
+    grid = time_grid(num_steps, shift)
+    assert grid.shape == (num_steps + 1,)
+    assert grid.dtype == torch.float32
+    assert grid[0] == 1
+    assert grid[-1] == 0
+    assert (grid.diff() < 0).all()
+    assert t_max_of(grid) == grid[1]
+
+
+def test_t_max_skips_values_that_are_one_up_to_rounding():
+    assert t_max_of(torch.tensor([1 - 1e-7, 0.9, 0.0])) == torch.tensor(0.9)
+    assert t_max_of(torch.tensor([0.93, 0.5, 0.0])) == torch.tensor(0.93)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_grid_is_diffusers_grid_for_even_sigmas(shift):
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 10, 10))
+    torch.testing.assert_close(time_grid(10, shift), scheduler.sigmas, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_diffusers_own_grid_differs_by_its_sigma_min(shift):
+    """Without sigmas, diffusers puts 10 values from 1 to sigma_min = shift / (1000 + shift - 1), shifts, appends 0.
+
+    So it is our grid of 9 steps, stretched to end at sigma_min, and one tiny step more.
+    """
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(10)
+    sigma_min = shift / (1000 + shift - 1)
+    even = 1 - (1 - sigma_min) * (1 - time_grid(9))
+    torch.testing.assert_close(shift * even / (1 + (shift - 1) * even), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    assert (time_grid(10, shift) - scheduler.sigmas).abs().max() > 0.05

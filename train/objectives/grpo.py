@@ -1,0 +1,74 @@
+"""Flow-GRPO, arXiv 2505.05470, eq. 6-10: clipped policy gradient on the stochastic steps of a trajectory.
+
+    rho = p_theta(x'|x) / p_old(x'|x)
+    L   = max(-A rho, -A clip(rho, 1 - epsilon, 1 + epsilon)) + beta KL(theta || reference)
+
+log p is a mean over latent dimensions, so rho is the D-th root of the true ratio and useful clips are 1e-6 to 1e-3, not 0.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowrl.batch import Loss, Step
+from flowrl.train.objectives.base import Needs, Predict, check_choice, check_positive
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Options of Flow-GRPO. With a Window schedule it is Flow-GRPO-Fast, with CPS it is Flow-CPS."""
+
+    epsilon: float = 1e-4  #: Clip range of the ratio. 1e-5 with log_prob=squared_error, 1e-4 for Flow-SDE, 1e-3 for video.
+    advantage_clip: float = 5.0  #: Advantages are clipped to this magnitude.
+    beta: float = 0.0  #: Weight of the KL to the reference. 0 needs no reference pass; 0.001 to 0.04 holds the model back.
+    kl: Literal["velocity", "exact", "flow_grpo"] = "velocity"  #: velocity: mean (v - v_ref)^2; exact: Gaussian KL of the step; flow_grpo: the same times h, as its code has it.
+    log_prob: Literal["gaussian", "squared_error"] = "gaussian"  #: squared_error: -mean (x' - mean)^2, as Flow-CPS' code has it: each step's gradient times 2 std^2.
+    step_weight: Literal["none", "std"] = "none"  #: std: weigh a step by its noise (TempFlow-GRPO, eq. 8), mean 1 over the trained steps.
+
+    def __post_init__(self) -> None:
+        check_positive(self, "epsilon", "advantage_clip")
+        check_positive(self, "beta", or_zero=True)
+        check_choice(self, "kl", "log_prob", "step_weight")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(trajectory=True, reference=self.beta > 0)
+
+    def loss(self, predict: Predict, step: Step, advantage: Tensor) -> Loss:
+        """Loss per sample (B,) at one recorded step. advantage: (B,) fp32."""
+        std = step.transition.std(step.t, step.t_next, step.t_max).to(advantage.device)
+        v_ref = predict.reference(step) if self.beta > 0 else None
+        v = predict(step)
+        new = step.gaussian(v)
+        log_ratio = new.log_prob(step.x_next) - step.log_prob
+        if self.log_prob == "squared_error":
+            log_ratio = log_ratio * 2 * std**2
+        ratio = log_ratio.exp()
+        A = advantage.clamp(-self.advantage_clip, self.advantage_clip)
+        clipped = ratio.clamp(1 - self.epsilon, 1 + self.epsilon)
+        values = torch.maximum(-A * ratio, -A * clipped)
+        if self.step_weight == "std":
+            values = values * std / predict.mean_std
+        metrics = {
+            "ratio": ratio.detach(),
+            "ratio_deviation": (ratio.detach() - 1).abs(),
+            "clip_ratio": ((ratio - 1).abs() > self.epsilon).float().detach(),
+            "policy_loss": values.detach(),
+        }
+        if v_ref is not None:
+            kl = divergence(self.kl, step, v, v_ref)
+            values = values + self.beta * kl
+            metrics["kl"] = kl.detach()
+        return Loss(values, metrics)
+
+
+def divergence(kind: str, step: Step, v: Tensor, v_ref: Tensor) -> Tensor:
+    """KL of the policy's step to the reference's, (B,) with graph. v, v_ref: (B, ...). Kinds as in `GRPO.kl`."""
+    if kind == "velocity":
+        return (v.float() - v_ref.float()).square().flatten(1).mean(1)
+    kl = step.gaussian(v).kl(step.gaussian(v_ref))
+    return kl if kind == "exact" else kl * (step.t - step.t_next)

@@ -1,0 +1,442 @@
+"""The loop: prompts -> rollout -> score -> advantages -> objective -> update -> record. Written once, for every objective.
+
+Everything random is a function of (seed, step, prompt, generation), so a run can be stopped, resumed or spread over processes
+without changing what it computes. Gradients are summed over processes by hand: a pipeline calls its denoiser through
+attributes that a DistributedDataParallel wrapper would hide.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl import record
+from flowrl.batch import Prompt, Samples, Step, concatenate
+from flowrl.config import ConfigError, Plan, Recipe, build
+from flowrl.data import load_prompts, prompt_order, sample_seed
+from flowrl.evaluate import Evaluation, Protocol, evaluate
+from flowrl.policy import Policy
+from flowrl.reward_models.base import Reward, load_reward, score
+from flowrl.samplers import SCHEDULES, TRANSITIONS
+from flowrl.train import watch
+from flowrl.train.advantages import advantages, group_mean_std, zero_variance_share
+from flowrl.train.objectives import OBJECTIVES
+
+
+class Trainer:
+    """One run of a recipe.
+
+        Trainer(load_recipe("quickstart", ["max_steps=50"])).train()
+
+    rewards: functions or Reward objects by name, in place of the recipe's (their weights: the recipe's, else 1).
+    prompts: a list in place of the recipe's file. policy: a loaded Policy in place of the recipe's model.
+    hooks: called after each step as hook(trainer, step, metrics).
+    Raises ConfigError, before any weight is loaded, for options that cannot work.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        rewards: dict[str, Any] | None = None,
+        prompts: Sequence[str | Prompt] | None = None,
+        policy: Policy | None = None,
+        hooks: Sequence[record.Hook] = (),
+    ):
+        from accelerate import Accelerator
+
+        self.recipe = recipe
+        self.objective = build(recipe.objective, OBJECTIVES, "objective")
+        self.transition = build(recipe.transition, TRANSITIONS, "transition")
+        self.schedule = build(recipe.steps, SCHEDULES, "steps")
+        if self.objective.needs.trajectory and self.transition.deterministic:
+            raise ConfigError(f"{recipe.objective['name']} needs a stochastic sampler, {self.transition} is deterministic: choose flow_sde, cps, dance_sde or ddim with noise")
+        try:
+            trained = self.schedule.steps(recipe.num_inference_steps, recipe.seed, 0)
+        except ValueError as error:
+            raise ConfigError(f"steps: {error}") from None
+        self.prompts = load_prompts(prompts if prompts is not None else recipe.prompts)
+        self.eval_prompts = load_prompts(recipe.eval_prompts) if recipe.eval_prompts else []
+        self.rewards, self.weights = _rewards(rewards if rewards is not None else recipe.rewards, recipe)
+        self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe)[0]}
+        if recipe.prompts_per_step > len(self.prompts):
+            raise ConfigError(f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of {recipe.prompts}")
+
+        self.folder = Path(recipe.output_dir)
+        self.accelerator = Accelerator(log_with=_trackers(recipe), project_dir=self.folder / "tracker")
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.plan = Plan(recipe, self.world, len(trained)).check()
+        self.checkpoint = record.find_checkpoint(recipe)
+        self.changed = record.check_resumable(self.checkpoint, recipe) if self.checkpoint else []
+        if self.is_main:
+            record.prepare_folder(self.folder, recipe, resuming=self.checkpoint is not None)
+
+        self.policy = policy or Policy.load(
+            recipe.model,
+            lora=recipe.lora,
+            dtype=recipe.dtype,
+            autocast=recipe.autocast,
+            device=self.accelerator.device,
+            attention_backend=recipe.attention_backend,
+        )
+        self.policy.call.update(recipe.call_arguments())
+        self._make_trainable()
+        parameters = self.policy.trainable()
+        self.optimizer = torch.optim.AdamW(
+            parameters.values(), lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2), weight_decay=recipe.weight_decay
+        )
+        self.policy.snapshot("ema")
+        if self.objective.needs.old:
+            self.policy.snapshot("old")
+        self.progress = record.Progress()
+        if self.checkpoint:
+            self.progress = record.load_checkpoint(self.checkpoint, self.policy, self.optimizer)
+        self.hooks = list(hooks)
+        self.base_evaluation: Evaluation | None = None
+        self._stop = False
+
+    # ------------------------------------------------------------------------------------------------ properties
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _make_trainable(self) -> None:
+        recipe = self.recipe
+        if recipe.train == "full":
+            if recipe.lora:
+                raise ConfigError("lora and train=full exclude each other: merge the LoRA into the model first")
+            self.policy.train_all()
+            if self.objective.needs.reference:
+                self.policy.snapshot("reference")
+        elif self.policy.has_lora:
+            self.policy.train_lora()
+        else:
+            self.policy.add_lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, seed=recipe.seed)
+        if recipe.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> Path:
+        """Run to max_steps (or max_minutes, or Ctrl-C, which saves and says how to resume). Returns the run's folder."""
+        from tqdm.auto import tqdm
+
+        recipe, progress = self.recipe, self.progress
+        self._announce()
+        metrics_file = record.Metrics(self.folder / "metrics.jsonl", progress.step) if self.is_main else None
+        self.accelerator.init_trackers("flowrl")
+        bar = tqdm(total=recipe.max_steps, initial=progress.step, desc=recipe.objective["name"], unit="step", disable=not self.is_main)
+        started, before = time.monotonic(), progress.seconds
+        with self._interruptible():
+            while progress.step < recipe.max_steps and not self._should_stop(progress.seconds):
+                metrics = self.step()
+                progress.seconds = before + time.monotonic() - started
+                if recipe.eval_steps and progress.step % recipe.eval_steps == 0:
+                    metrics.update(self.evaluate())
+                if metrics_file:
+                    metrics_file.write(progress.step, metrics)
+                    self.accelerator.log(metrics, step=progress.step)
+                bar.set_postfix_str(_postfix(metrics))
+                bar.update()
+                for hook in self.hooks:
+                    hook(self, progress.step, metrics)
+                if recipe.checkpointing_steps and progress.step % recipe.checkpointing_steps == 0:
+                    self.save_checkpoint()
+        bar.close()
+        finished = progress.step >= recipe.max_steps or not self._stop
+        if not recipe.checkpointing_steps or progress.step % recipe.checkpointing_steps:
+            self.save_checkpoint()
+        if finished:
+            self.save()
+        elif self.is_main:
+            print(f"Stopped after step {progress.step}. Go on with: resume_from_checkpoint=latest output_dir={self.folder}")
+        self.accelerator.end_training()
+        return self.folder
+
+    def step(self) -> dict[str, float]:
+        """One training step: sample, score, update. Returns its metrics."""
+        clock = _Clock()
+        batches = self.rollout(self.progress.step)
+        clock.lap("rollout_time")
+        for batch in batches:
+            batch.images = self.policy.decode(batch, batch_size=len(batch))
+        samples = concatenate(batches)
+        clock.lap("decode_time")
+        scores = score(self.rewards, samples)
+        clock.lap("score_time")
+        advantage, metrics = self.advantages(scores, samples.group)
+        if self.progress.updates == 0 and self.recipe.checks:
+            watch.preflight(self, batches, scores)
+        metrics.update(self.update(batches, advantage))
+        clock.lap("update_time")
+        self.progress.step += 1
+        self.progress.images += self.plan.images_per_step
+        if self.is_main and self.recipe.samples_steps and (self.progress.step % self.recipe.samples_steps == 0 or self.progress.step == 1):
+            record.write_samples(self.folder, self.progress.step, samples, scores, list(self.rewards), advantage)
+        return {**metrics, "images": float(self.progress.images), **clock.laps, "step_time": sum(clock.laps.values())}
+
+    def rollout(self, step: int) -> list[Samples]:
+        """This process's share of the step's samples, in batches, ordered by update. A group never leaves its process."""
+        recipe = self.recipe
+        order = prompt_order(len(self.prompts), recipe.prompts_per_step, step, recipe.seed)
+        stochastic = self.schedule.steps(recipe.num_inference_steps, recipe.seed, step)
+        share = recipe.prompts_per_step // recipe.updates_per_step // self.world
+        positions = [
+            position
+            for update in range(recipe.updates_per_step)
+            for position in range((update * self.world + self.rank) * share, (update * self.world + self.rank + 1) * share)
+        ]
+        items = [(position, g) for position in positions for g in range(recipe.num_generations)]
+        batches = []
+        for start in range(0, len(items), self.plan.batch_size):
+            part = items[start : start + self.plan.batch_size]
+            shared = recipe.init_noise == "shared"
+            batches.append(
+                self.policy.rollout(
+                    [self.prompts[order[position]] for position, _ in part],
+                    [sample_seed(recipe.seed, step, position, g) for position, g in part],
+                    init_seeds=[sample_seed(recipe.seed, step, position) for position, _ in part] if shared else None,
+                    transition=self.transition,
+                    stochastic=stochastic,
+                    group=torch.tensor([step * recipe.prompts_per_step + position for position, _ in part]),
+                    keep_velocity=self.objective.needs.sampled_velocity,
+                )
+            )
+        return batches
+
+    def advantages(self, scores: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Advantages (N,) of this process's samples, computed over all processes, and the rewards' metrics."""
+        everything = self.accelerator.gather(torch.cat([scores.double(), group.double()[:, None]], 1).to(self.accelerator.device)).cpu()
+        groups = self.accelerator.gather(group.to(self.accelerator.device)).cpu()  # int64 all the way: floats would merge large ids
+        rewards = everything[:, :-1]
+        for k, name in enumerate(self.rewards):
+            if rewards[:, k].isnan().all():
+                raise watch.CheckFailed(f"reward {name!r} abstained (NaN) on every sample of step {self.progress.step + 1}: does it fit these prompts?")
+        weights = torch.tensor([self.weights[name] for name in self.rewards])
+        all_advantages = advantages(rewards, groups, weights, self.recipe.aggregation, self.recipe.scale_rewards)
+        count = len(group)
+        total = (rewards.nan_to_num(0.0) * weights).sum(1)
+        _, std, _ = group_mean_std(rewards, groups)
+        metrics = {"reward": float(total.mean()), "reward_std": float(std.nanmean()), "frac_reward_zero_std": zero_variance_share(rewards, groups)}
+        for k, name in enumerate(self.rewards):
+            metrics[f"rewards/{name}/mean"] = float(rewards[:, k].nanmean())
+            metrics[f"rewards/{name}/std"] = float(std[:, k].mean())
+        return all_advantages[self.rank * count : (self.rank + 1) * count].float(), metrics
+
+    def update(self, batches: list[Samples], advantage: Tensor) -> dict[str, float]:
+        """The step's optimiser updates, each over its share of the batches. advantage: (N,) in the order of the batches."""
+        recipe = self.recipe
+        gathered = _Metrics()
+        per_update = len(batches) // recipe.updates_per_step
+        split = advantage.split([len(batch) for batch in batches])
+        norms = []
+        for start in range(0, len(batches), per_update):
+            part = range(start, start + per_update)
+            for j in part:
+                self.backward(batches[j], split[j], gathered)
+            norms.append(self.apply())
+        return {**gathered.means(self.accelerator), "grad_norm": sum(norms) / len(norms), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def backward(self, batch: Samples, advantage: Tensor, gathered: _Metrics) -> None:
+        """Add the gradient of one batch: the objective's mean over all samples of the update and all trained steps."""
+        if not bool(advantage.any()) and not self.objective.needs.reference:
+            return  # no signal in this batch, and no pull towards the reference: its gradient is zero
+        predict = PolicyPredict(self.policy, batch)
+        share = 1 / (self.plan.images_per_update * self.world * len(batch.steps))
+        advantage = advantage.to(batch.latents.device)
+        for step in batch.steps:
+            loss = self.objective.loss(predict, step, advantage)
+            (loss.values.sum() * share).backward()
+            gathered.add(loss.metrics, step.t)
+
+    def apply(self) -> float:
+        """Sum gradients over processes, clip, step, average. Returns the gradient's norm."""
+        parameters = [p for p in self.policy.trainable().values()]
+        if self.world > 1:
+            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+            flat = self.accelerator.reduce(flat, "sum")
+            for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad = grad.view_as(p)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
+        if not norm.isfinite():
+            raise watch.CheckFailed(f"the gradient of update {self.progress.updates + 1} is not finite: lower learning_rate or use autocast=bfloat16")
+        warmup = self.recipe.lr_warmup_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * (min(1.0, (self.progress.updates + 1) / warmup) if warmup else 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        n = self.progress.updates
+        self.progress.updates += 1
+        self.policy.blend("ema", min(self.recipe.ema_decay, (1 + n) / (10 + n)))
+        return float(norm)
+
+    # ------------------------------------------------------------------------------------------------ around the loop
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out scores of the averaged weights, on the main process; the base model is scored once, for the difference."""
+        if not self.is_main:
+            return {}
+        recipe = self.recipe
+        call = {k: v for k, v in recipe.call_arguments().items() if k not in ("num_inference_steps", "guidance_scale")}
+        protocol = Protocol(recipe.eval_prompts or "", recipe.eval_num_inference_steps, recipe.guidance_scale, recipe.eval_seeds, call=call)
+        result = evaluate(self.policy, self.eval_prompts, self.eval_rewards, protocol, name="ema", weights="ema")
+        return {f"eval/{name}": result.mean(name) for name in self.eval_rewards}
+
+    def save_checkpoint(self) -> None:
+        if self.is_main:
+            record.save_checkpoint(self.folder, self.policy, self.optimizer, self.recipe, self.progress, self.recipe.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """The result: averaged weights and a model card."""
+        if self.is_main:
+            record.save_weights(self.policy, self.folder, "ema")
+            record.write_model_card(self.folder, self.policy, self.recipe, self.progress)
+
+    def _announce(self) -> None:
+        if not self.is_main:
+            return
+        trainable = sum(p.numel() for p in self.policy.trainable().values())
+        rows = [*self.plan.table(), ("trainable weights", f"{trainable:,} ({self.recipe.train})"), ("output", str(self.folder))]
+        width = max(len(name) for name, _ in rows)
+        print("\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows), flush=True)
+        if self.checkpoint:
+            print(f"  resuming from {self.checkpoint}" + "".join(f"\n    changed: {change}" for change in self.changed), flush=True)
+
+    def _should_stop(self, seconds: float) -> bool:
+        limit = self.recipe.max_minutes
+        stop = self._stop or (limit is not None and seconds >= limit * 60)
+        if self.world > 1:  # all processes must agree
+            stop = bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device), "sum") > 0)
+        return stop
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C finishes the step and saves; a second one stops at once."""
+
+        def on_interrupt(signum: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            if self.is_main:
+                print("\nFinishing this step, then saving (Ctrl-C again stops at once, without saving).", flush=True)
+
+        try:
+            previous = signal.signal(signal.SIGINT, on_interrupt)
+        except ValueError:  # not in the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+class PolicyPredict:
+    """`Predict` for one batch: its prompts, the policy's weights, the sampler's noise."""
+
+    def __init__(self, policy: Policy, batch: Samples):
+        self.policy, self.texts = policy, batch.texts
+        stds = [float(torch.as_tensor(step.transition.std(step.t, step.t_next, step.t_max))) for step in batch.steps]
+        self.mean_std = sum(stds) / max(len(stds), 1)
+
+    def __call__(self, step: Step) -> Tensor:
+        return self.policy.velocity(self.texts, step)
+
+    def reference(self, step: Step) -> Tensor:
+        with torch.no_grad(), self.policy.using("reference"):
+            return self.policy.velocity(self.texts, step)
+
+
+class _Metrics:
+    """Means over samples of an objective's metrics, overall and per tenth of the time axis (`clip_ratio/t0.8`)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+
+    def add(self, metrics: dict[str, Any], t: float) -> None:
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, dtype=torch.float64).cpu().reshape(-1)
+            entry = torch.stack([value.sum(), torch.tensor(float(len(value)), dtype=torch.float64)])
+            self.sums[name] += entry
+            self.sums[f"{name}/t{t:.1f}"] += entry
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        sums = self.sums
+        if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            merged: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+            for part in gather_object([dict(sums)]):
+                for name, entry in part.items():
+                    merged[name] += entry
+            sums = merged
+        return {name: float(entry[0] / entry[1]) for name, entry in sums.items()}
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.last, self.laps = time.monotonic(), {}
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        self.laps[name], self.last = now - self.last, now
+
+
+def _rewards(section: dict[str, Any], recipe: Recipe) -> tuple[dict[str, Reward], dict[str, float]]:
+    """Rewards and weights of a recipe section {name: weight} or {name: {weight: ..., option: ...}}, or of given objects."""
+    rewards, weights = {}, {}
+    for name, value in section.items():
+        try:
+            if callable(value):
+                rewards[name] = load_reward(value)
+                given = recipe.rewards.get(name, 1.0)
+                weights[name] = float(given if not isinstance(given, dict) else given.get("weight", 1.0))
+            else:
+                options = dict(value) if isinstance(value, dict) else {"weight": value}
+                weights[name] = float(options.pop("weight", 1.0))
+                rewards[name] = load_reward(name, **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"rewards.{name}: {error}") from None
+    return rewards, weights
+
+
+def _trackers(recipe: Recipe) -> list[str]:
+    from accelerate.utils import LoggerType
+
+    names = [name.strip() for name in recipe.report_to.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name not in [kind.value for kind in LoggerType]:
+            raise ConfigError(f"report_to={name!r}: choose among {', '.join(kind.value for kind in LoggerType if kind.value != 'all')}, none")
+    return names
+
+
+def _postfix(metrics: dict[str, float]) -> str:
+    shown = {"reward": "reward", "eval/tiny_strict": "eval", "clip_ratio": "clip", "frac_reward_zero_std": "flat", "grad_norm": "grad", "step_time": "s"}
+    return "  ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics)
+
+
+def set_threads() -> None:
+    """Nothing to do on most machines; under `accelerate launch` on a CPU each process takes its share of the cores."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+
+
+__all__ = ["Trainer", "json"]
