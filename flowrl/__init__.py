@@ -1,7 +1,7 @@
 """flowrl: align image and video generators (diffusion, flow matching) with rewards.
 
-    from flowrl import Policy, Trainer, load_recipe
-    Trainer(load_recipe("quickstart")).train()
+from flowrl import Policy, Trainer, load_recipe
+Trainer(load_recipe("quickstart")).train()
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from flowrl.policy import Policy
     from flowrl.train.trainer import Trainer
 
-_HOMES = {"Policy": "flowrl.policy", "Recipe": "flowrl.config", "Trainer": "flowrl.train.trainer", "load_recipe": "flowrl.config"}
+_HOMES = {
+    "Policy": "flowrl.policy",
+    "Recipe": "flowrl.config",
+    "Trainer": "flowrl.train.trainer",
+    "load_recipe": "flowrl.config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,24 +28,34 @@ class Prompt:
 class Step:
     """One recorded stochastic step of B samples, as a trajectory objective reads it.
 
-    native: (B, ...) the state exactly as the pipeline's scheduler saw it, in its dtype (what a replay feeds back).
-    x, x_next: (B, ...) fp32, the state and the sampled next state in flow coordinates (see `flowrl.samplers.flow`).
-    t, t_next: times in [0, 1], 1 is noise. t_max: largest grid value below 1 (the pole of some kernels).
-    log_prob: (B,) fp32, mean log-density over latent dimensions under the policy that sampled.
-    v: (B, ...) the velocity that was sampled from, in the model's dtype; None unless the objective asked for it.
-    index: position in the schedule, 0 is the noisiest step. transition: the rule that sampled it.
+    native, native_next: (B, ...) the state as the pipeline's scheduler saw it and the sampled next state, in the loop's dtype.
+    Neighbouring steps share them. t, t_next: times in [0, 1], 1 is noise. t_max: largest grid value below 1 (the pole of some
+    kernels). log_prob: (B,) fp32, mean log-density over latent dimensions under the policy that sampled. index: position in the
+    schedule, 0 is the noisiest step. transition: the rule that sampled it. scale, scale_next: native over flow coordinates (see
+    `flowrl.samplers.flow`), 1 for flow models. v: (B, ...) the velocity sampled from; None unless the objective asked for it.
     """
 
     native: Tensor
-    x: Tensor
-    x_next: Tensor
+    native_next: Tensor
     t: float
     t_next: float
     t_max: float
     log_prob: Tensor
     index: int
     transition: Transition
+    scale: float = 1.0
+    scale_next: float = 1.0
     v: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """(B, ...) fp32, the state in flow coordinates."""
+        return self.native.float() / self.scale
+
+    @property
+    def x_next(self) -> Tensor:
+        """(B, ...) fp32, the sampled next state in flow coordinates."""
+        return self.native_next.float() / self.scale_next
 
     def gaussian(self, v: Tensor) -> Gaussian:
         """The step's distribution of next states for a velocity v (B, ...): the rule that sampled it, another policy."""
@@ -83,10 +93,9 @@ class Samples:
 
     @property
     def trajectory_bytes(self) -> int:
-        """Memory of the recorded steps, in bytes. Where `x` shares storage with `native` it counts once."""
-        tensors = [tensor for step in self.steps for tensor in (step.native, step.x, step.x_next, step.log_prob, step.v)]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None}
-        return sum(storages.values())
+        """Memory of the recorded steps, in bytes; a tensor that two steps share counts once."""
+        kept = [t for step in self.steps for t in (step.native, step.native_next, step.log_prob, step.v) if t is not None]
+        return sum({t.data_ptr(): t.nbytes for t in kept}.values())
 
 
 def concatenate(parts: list[Samples]) -> Samples:

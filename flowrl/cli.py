@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 DESCRIPTION = """\
 Align image and video generators (diffusion, flow matching) with rewards.
@@ -24,6 +24,8 @@ Align image and video generators (diffusion, flow matching) with rewards.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the folder that a reward's dotted path starts from
     if not hasattr(arguments, "run"):
         parser.print_help()
         return 0
@@ -45,33 +47,60 @@ def is_users(error: Exception) -> bool:
 
     from flowrl.config import ConfigError
 
-    if isinstance(error, ConfigError | FileNotFoundError | PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError):
+    if isinstance(
+        error,
+        ConfigError | FileNotFoundError | PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError,
+    ):
         return True
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT) or type(error) is OSError
     return type(error).__name__ in ("RewardError", "CheckFailed", "Unservable") or type(error) is ValueError
 
 
+class Parser(argparse.ArgumentParser):
+    """Bad arguments end with one line, like all bad input; the usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"flowrl: {message} (see {self.prog} --help)\n")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     from flowrl import __version__
 
-    parser = argparse.ArgumentParser(prog="flowrl", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="flowrl", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"flowrl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, help: str, **kwargs: Any) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=kwargs.pop("description", help), formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=kwargs.pop("description", help),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
         sub.set_defaults(run=run)
         return sub
 
     train = command("train", run_train, "train a model by a recipe", description=train_help())
     train.add_argument("recipe", help="a recipe that ships (see `flowrl recipes`) or a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="options that differ, like max_steps=20 objective.epsilon=1e-5")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="options that differ, like max_steps=20 objective.epsilon=1e-5",
+    )
 
     plan = command("plan", run_plan, "show a recipe's arithmetic without loading any weight")
     plan.add_argument("recipe")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--processes", type=int, default=1, help="processes that will train (default 1)")
+    plan.add_argument("--processes", type=positive, default=1, help="processes that will train (default 1)")
 
     command("recipes", run_recipes, "list the recipes that ship")
 
@@ -92,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     gallery.add_argument("models", nargs="+", help="models, runs or checkpoints; the first is the base")
     gallery.add_argument("--out", type=Path, default=Path("gallery"), help="folder of the page (default gallery)")
     gallery.add_argument("--rewards", nargs="+", default=["tiny_strict", "tiny_dense"])
-    gallery.add_argument("--limit", type=int, default=48, help="prompts, spread evenly over the file (default 48)")
+    gallery.add_argument("--limit", type=positive, default=48, help="prompts, spread evenly over the file (default 48)")
     gallery.add_argument("--title", default="flowrl gallery")
     sampling_options(gallery, seeds=2, prompts="tiny-test")
 
@@ -102,14 +131,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str | None) -> None:
     group = parser.add_argument_group("sampling (always by the ODE)")
-    group.add_argument("--prompts", dest="prompt_file", default=prompts, help="prompt file (.txt, .jsonl) or embedded set" + (f" (default {prompts})" if prompts else ""))
-    group.add_argument("--seeds", type=int, default=seeds, help=f"samples per prompt (default {seeds})")
+    group.add_argument(
+        "--prompts",
+        dest="prompt_file",
+        default=prompts,
+        help="prompt file (.txt, .jsonl) or embedded set" + (f" (default {prompts})" if prompts else ""),
+    )
+    group.add_argument("--seeds", type=positive, default=seeds, help=f"samples per prompt (default {seeds})")
     group.add_argument("--seed", type=int, default=0, help="first seed (default 0)")
-    group.add_argument("--steps", type=int, default=None, help="denoising steps (default: the model's own, or 28)")
+    group.add_argument("--steps", type=positive, default=None, help="denoising steps (default: the model's own, or 28)")
     group.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the model's own)")
-    group.add_argument("--height", type=int, default=None)
-    group.add_argument("--width", type=int, default=None)
-    group.add_argument("--batch-size", type=int, default=64, help="samples per denoiser call (default 64)")
+    group.add_argument("--height", type=positive, default=None)
+    group.add_argument("--width", type=positive, default=None)
+    group.add_argument("--batch-size", type=positive, default=64, help="samples per denoiser call (default 64)")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
     group.add_argument("--device", default=None, help="cpu, cuda, ... (default: a GPU if there is one)")
 
@@ -121,10 +155,13 @@ def train_help() -> str:
 
     from flowrl.config import Recipe, recipe_names
 
-    lines = ["Train a model by a recipe. Any option can be overridden: flowrl train quickstart max_steps=20 objective.epsilon=1e-5", ""]
+    lines = [
+        "Train a model by a recipe. Any option can be overridden: flowrl train quickstart max_steps=20 objective.epsilon=1e-5",
+        "",
+    ]
     lines += [f"recipes: {', '.join(recipe_names())}", "", "options:"]
     for field in dataclasses.fields(Recipe):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc, operator]
         text = f"{field.metadata['help']} [{default}]"
         lines += textwrap.wrap(text, 118, initial_indent=f"  {field.name:<28}", subsequent_indent=" " * 30)
     return "\n".join(lines)
@@ -143,18 +180,21 @@ def run_train(arguments: argparse.Namespace) -> int:
     set_threads()
     trainer = Trainer(recipe)
     folder = trainer.train()
-    if trainer.is_main and trainer.progress.step >= recipe.max_steps:
-        print(f"\nDone: {folder}\n  flowrl eval {folder} --against {recipe.model}\n  flowrl gallery {recipe.model} {folder} --out {folder}/gallery")
+    if not trainer.finished:
+        return 130
+    if trainer.is_main:
+        print(f"\nDone: {folder}\n  flowrl eval {folder} --against {recipe.model}")
+        print(f"  flowrl gallery {recipe.model} {folder} --out {folder}/gallery")
     return 0
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    from flowrl.config import Plan, build, load_recipe
+    from flowrl.config import Plan, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from flowrl.samplers import SCHEDULES
+    from flowrl.train.trainer import parts
 
-    trained = build(recipe.steps, SCHEDULES, "steps").steps(recipe.num_inference_steps, recipe.seed, 0)
+    *_, trained = parts(recipe)
     rows = Plan(recipe, arguments.processes, len(trained)).check().table()
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
@@ -178,9 +218,18 @@ def run_sample(arguments: argparse.Namespace) -> int:
     from flowrl.reward_models.base import to_pil
 
     prompts = read_prompts(arguments.prompts or arguments.prompt_file or [])
-    policy = open_model(arguments.model, arguments)
     make_folder(arguments.out)
-    result = evaluate(policy, prompts, {}, protocol(arguments, policy), name=arguments.model, batch_size=arguments.batch_size, keep_images=True, progress=True)
+    policy = open_model(arguments.model, arguments)
+    result = evaluate(
+        policy,
+        prompts,
+        {},
+        protocol(arguments, policy),
+        name=arguments.model,
+        batch_size=arguments.batch_size,
+        keep_images=True,
+        progress=True,
+    )
     assert result.samples is not None and result.samples.images is not None
     for i, picture in enumerate(to_pil(result.samples.images)):
         file = arguments.out / f"{i // arguments.seeds:04d}-{i % arguments.seeds}.png"
@@ -195,6 +244,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from flowrl.evaluate import comparison_rows, score_rows, text_table
     from flowrl.record import write_text
 
+    if arguments.out:
+        make_folder(arguments.out.parent)
     results = evaluate_models([arguments.model, *([arguments.against] if arguments.against else [])], arguments)
     model, base = results[0], results[-1]
     if arguments.against:
@@ -210,9 +261,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
 def run_gallery(arguments: argparse.Namespace) -> int:
     from flowrl.evaluate import comparison_rows, score_rows
     from flowrl.gallery import Cell, Table, write_gallery
+    from flowrl.gallery.page import check_replaceable
     from flowrl.record import beside
     from flowrl.reward_models.base import to_pil
 
+    check_replaceable(arguments.out)
+    make_folder(arguments.out.parent)
     results = evaluate_models(arguments.models, arguments, keep_images=True, limit=arguments.limit)
     cells = []
     for result in results:
@@ -222,13 +276,22 @@ def run_gallery(arguments: argparse.Namespace) -> int:
             scores = {name: None if (v := float(result.scores[p, s, k])) != v else v for k, name in enumerate(result.rewards)}
             image = beside(picture) if isinstance(picture, list) else picture
             prompt = result.prompts[p]
-            details = {"steps": str(result.protocol.num_inference_steps), "guidance": str(result.protocol.guidance_scale), "noise seed": str(result.seeds[p][s])}
+            details = {
+                "steps": str(result.protocol.num_inference_steps),
+                "guidance": str(result.protocol.guidance_scale),
+                "noise seed": str(result.seeds[p][s]),
+            }
             cells.append(Cell(result.model, prompt.text, s, image, scores, prompt.columns.get("kind"), details))
     base = results[0]
-    tables = [Table(f"{other.model} against {base.model}: {reward}", *comparison_rows(base, other, reward)) for other in results[1:] for reward in base.rewards]
+    tables = [
+        Table(f"{other.model} against {base.model}: {reward}", *comparison_rows(base, other, reward))
+        for other in results[1:]
+        for reward in base.rewards
+    ]
     if len(results) == 1:
         tables = [Table(base.model, *score_rows(base))]
-    subtitle = f"{len(base.prompts)} prompts of {base.protocol.prompts}, {base.protocol.seeds} seed(s) each, {base.protocol.num_inference_steps} ODE steps"
+    shared = base.protocol
+    subtitle = f"{len(base.prompts)} prompts of {shared.prompts}, {shared.seeds} seed(s) each, {shared.num_inference_steps} ODE steps"
     page = write_gallery(arguments.out, cells, title=arguments.title, subtitle=subtitle, tables=tables)
     print(f"{page}")
     return 0
@@ -297,14 +360,13 @@ def protocol(arguments: argparse.Namespace, policy: Any) -> Any:
     return Protocol(str(arguments.prompt_file), steps, guidance, arguments.seeds, arguments.seed)
 
 
-def evaluate_models(models: list[str], arguments: argparse.Namespace, keep_images: bool = False, limit: int | None = None) -> list[Any]:
+def evaluate_models(
+    models: list[str], arguments: argparse.Namespace, keep_images: bool = False, limit: int | None = None
+) -> list[Any]:
     """Every model under the protocol of the first one's defaults."""
-    from flowrl.config import ConfigError
     from flowrl.evaluate import evaluate
     from flowrl.reward_models import load_reward
 
-    if arguments.seeds < 1:
-        raise ConfigError(f"--seeds {arguments.seeds}: at least 1")
     prompts = read_prompts(arguments.prompt_file)
     if limit and len(prompts) > limit:
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
@@ -314,7 +376,18 @@ def evaluate_models(models: list[str], arguments: argparse.Namespace, keep_image
         policy = open_model(model, arguments)
         shared = shared or protocol(arguments, policy)
         name = Path(model).name if Path(model).exists() else model
-        results.append(evaluate(policy, prompts, rewards, shared, name=name, batch_size=arguments.batch_size, keep_images=keep_images, progress=True))
+        results.append(
+            evaluate(
+                policy,
+                prompts,
+                rewards,
+                shared,
+                name=name,
+                batch_size=arguments.batch_size,
+                keep_images=keep_images,
+                progress=True,
+            )
+        )
     return results
 
 

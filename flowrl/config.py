@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -45,25 +46,41 @@ class Recipe:
     lora_targets: list[str] | None = option(None, "Module name endings that get a LoRA; the attention projections by default.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Storage type of the frozen weights.")
     autocast: Literal["bfloat16", "float16"] | None = option(None, "Run the denoiser under autocast with this type.")
-    attention_backend: str | None = option(None, "One of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike.")
+    attention_backend: str | None = option(
+        None, "One of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
 
     # -- what it is trained on
     prompts: str = option("tiny-train", "Prompt file (.txt or .jsonl) or embedded set.")
-    rewards: dict[str, Any] = option({"tiny_dense": 1.0}, "Rewards by name or dotted path, each with its weight (or a mapping with `weight` and the reward's own options).")
+    rewards: dict[str, Any] = option(
+        {"tiny_dense": 1.0},
+        "Rewards by name or dotted path, each with its weight (or a mapping with `weight` and the reward's own options).",
+    )
     eval_prompts: str | None = option(None, "Prompts of the evaluations during training; none by default.")
-    eval_rewards: dict[str, Any] = option({}, "Held-out rewards, measured in evaluations and never trained on; the training rewards are measured too.")
+    eval_rewards: dict[str, Any] = option(
+        {}, "Held-out rewards, measured in evaluations and never trained on; the training rewards are measured too."
+    )
 
     # -- how samples are drawn
     num_inference_steps: int = option(10, "Denoising steps of a rollout. Fewer than in evaluation saves time and costs little.")
-    transition: dict[str, Any] = option({"name": "cps"}, "The stochastic step: flow_sde, dance_sde, cps or ddim, with noise_level or eta.")
-    steps: dict[str, Any] = option({"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, or window.")
-    guidance_scale: float | None = option(None, "Guidance in rollout and update; the model's default when unset. Training without guidance (1.0) is cheaper.")
+    transition: dict[str, Any] = option(
+        {"name": "cps"}, "The stochastic step: flow_sde, dance_sde, cps or ddim, with noise_level or eta."
+    )
+    steps: dict[str, Any] = option(
+        {"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, or window."
+    )
+    guidance_scale: float | None = option(
+        None,
+        "Guidance in rollout and update; the model's default when unset. Training without guidance (1.0) is cheaper.",
+    )
     height: int | None = option(None, "Height in pixels; the model's default when unset.")
     width: int | None = option(None, "Width in pixels; the model's default when unset.")
     num_frames: int | None = option(None, "Frames of a clip, for video models.")
     call: dict[str, Any] = option({}, "Further arguments of the pipeline's call (negative_prompt, max_sequence_length, ...).")
-    init_noise: Literal["per_sample", "shared"] = option("per_sample", "Whether the samples of a group start from the same noise.")
+    init_noise: Literal["per_sample", "shared"] = option(
+        "per_sample", "Whether the samples of a group start from the same noise."
+    )
 
     # -- how the reward becomes an update
     objective: dict[str, Any] = option({"name": "grpo"}, "The method and its options.")
@@ -71,8 +88,12 @@ class Recipe:
     num_generations: int = option(8, "Samples per prompt: the group that advantages are relative to.")
     updates_per_step: int = option(1, "Optimiser updates per training step; the samples are split between them.")
     batch_size: int = option(32, "Samples per denoiser call, per process, in rollout and update.")
-    scale_rewards: Literal["group", "batch", "none"] = option("group", "Divide centred rewards by the deviation of the group, of the batch, or not.")
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option("normalize_then_sum", "Several rewards: sum and normalise, or normalise each and sum (GDPO).")
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "Divide centred rewards by the deviation of the group, of the batch, or not."
+    )
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
+        "normalize_then_sum", "Several rewards: sum and normalise, or normalise each and sum (GDPO)."
+    )
 
     # -- optimiser
     learning_rate: float = option(3e-4, "AdamW's learning rate.")
@@ -81,7 +102,9 @@ class Recipe:
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     lr_warmup_steps: int = option(0, "Updates over which the learning rate rises linearly from 0.")
-    ema_decay: float = option(0.9, "Decay of the averaged weights that are evaluated and saved, per update; warmed up as (1 + n) / (10 + n).")
+    ema_decay: float = option(
+        0.9, "Decay of the averaged weights that are evaluated and saved, per update; warmed up as (1 + n) / (10 + n)."
+    )
     max_steps: int = option(100, "Training steps (rollout plus updates).")
     max_minutes: float | None = option(None, "Stop after this many minutes of training, whichever comes first; none by default.")
     seed: int = option(0, "Seed of everything random: prompt order, noise, windows, LoRA initialisation.")
@@ -100,21 +123,36 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = (
-            "lora_rank", "num_inference_steps", "prompts_per_step", "updates_per_step", "batch_size", "max_steps", "learning_rate",
-            "max_grad_norm", "eval_num_inference_steps", "eval_seeds",
+            "lora_rank", "num_inference_steps", "prompts_per_step", "updates_per_step", "batch_size", "max_steps",
+            "learning_rate", "max_grad_norm", "eval_num_inference_steps", "eval_seeds",
         )  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("checkpointing_steps", "samples_steps", "eval_steps", "weight_decay", "lr_warmup_steps", "seed"):
+        for name in ("lora_alpha", "height", "width", "num_frames", "max_minutes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+        not_negative = (
+            "checkpointing_steps", "checkpoints_total_limit", "samples_steps", "eval_steps", "weight_decay",
+            "lr_warmup_steps", "seed",
+        )  # fmt: skip
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+        for name in ("model", "prompts", "output_dir"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"{name} is empty")
         if self.num_generations < 2:
-            raise ConfigError(f"num_generations={self.num_generations}: a group of one has no advantage; use at least 2, better 8 to 24")
+            raise ConfigError(
+                f"num_generations={self.num_generations}: a group of one has no advantage; use at least 2, better 8 to 24"
+            )
         if self.num_inference_steps < 2:
-            raise ConfigError("num_inference_steps=1: the last step is deterministic, so there is nothing to train; use at least 2")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
+            raise ConfigError(
+                "num_inference_steps=1: the last step is deterministic, so there is nothing to train; use at least 2"
+            )
         if not self.rewards:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
         if self.eval_steps and not self.eval_prompts:
@@ -133,7 +171,9 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    return sorted(path.name.removesuffix(".yaml") for path in files("flowrl.train.recipes").iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml") for path in files("flowrl.train.recipes").iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
@@ -149,19 +189,27 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
     if str(source) in recipe_names():
         text = files("flowrl.train.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source} is not UTF-8 text (byte {error.start})") from None
     else:
         close = difflib.get_close_matches(str(source), recipe_names(), n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else f"; recipes that ship: {', '.join(recipe_names())}"
         raise ConfigError(f"no recipe {source}{hint}")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{source}{f', line {mark.line + 1}' if mark else ''}: not valid YAML") from None
+    values = _parse(text, str(source))
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: a recipe is a mapping of options")
     return values
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark and "\n" in text else ""
+        raise ConfigError(f"{where}{line}: not valid YAML") from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -169,7 +217,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"{override!r}: overrides look like key=value")
-    value = yaml.safe_load(text) if text else ""
+    value = _parse(text, override) if text else ""
     section, _, name = key.strip().partition(".")
     if not name:
         known = {field.name: field for field in dataclasses.fields(Recipe)}
@@ -223,7 +271,7 @@ def make(cls: type[T], values: dict[str, Any], what: str) -> T:
         raise ConfigError(f"{what}: {error}") from None
 
 
-def build(section: dict[str, Any] | str, classes: dict[str, type], what: str) -> Any:
+def build(section: dict[str, Any] | str, classes: Mapping[str, type], what: str) -> Any:
     """An instance from a section {name: ..., option: ...} and the classes it may name."""
     section = {"name": section} if isinstance(section, str) else dict(section)
     name = section.pop("name", None)
@@ -251,9 +299,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint in (int, float):
         try:
             number = hint(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
-        if number is None or (hint is int and float(value) != number):
+        if number is None or not math.isfinite(number) or (hint is int and float(value) != number):
             raise ConfigError(f"{where}={value!r}: wants {'a whole number' if hint is int else 'a number'}")
         return number
     if hint is str:
@@ -302,16 +350,16 @@ class Plan:
         if r.prompts_per_step % divisor:
             valid = sorted({max(divisor, r.prompts_per_step // divisor * divisor), (r.prompts_per_step // divisor + 1) * divisor})
             raise ConfigError(
-                f"prompts_per_step={r.prompts_per_step} does not divide over {self.world_size} process(es) x updates_per_step={r.updates_per_step}; "
-                f"use {' or '.join(map(str, valid))}"
+                f"prompts_per_step={r.prompts_per_step} does not divide over {self.world_size} process(es) x "
+                f"updates_per_step={r.updates_per_step}; use {' or '.join(map(str, valid))}"
             )
         if self.images_per_update % self.batch_size:
             per = self.images_per_update
             divisors = [d for d in range(1, per + 1) if per % d == 0]
             valid = sorted(divisors, key=lambda d: abs(d - r.batch_size))[:3]
             raise ConfigError(
-                f"batch_size={r.batch_size} does not divide the {per} images of an update (prompts_per_step x num_generations / processes / "
-                f"updates_per_step); use {', '.join(map(str, sorted(valid)))}"
+                f"batch_size={r.batch_size} does not divide the {per} images of an update "
+                f"(prompts_per_step x num_generations / processes / updates_per_step); use {', '.join(map(str, sorted(valid)))}"
             )
         return self
 
@@ -323,7 +371,9 @@ class Plan:
             ("prompts per step", str(r.prompts_per_step)),
             ("images per step", f"{self.images_per_step} = {r.prompts_per_step} prompts x {r.num_generations} generations"),
             ("updates per step", f"{r.updates_per_step}, each over {self.images_per_step // r.updates_per_step} images"),
-            ("batches per update", f"{self.images_per_update // self.batch_size} of {self.batch_size} images x {self.trained_steps} trained step(s) = {self.gradient_accumulation_steps} backward passes per process"),
+            ("batches per update", f"{self.images_per_update // self.batch_size} of {self.batch_size} images"),
+            ("trained steps", f"{self.trained_steps} of {r.num_inference_steps} denoising steps"),
+            ("gradient accumulation", f"{self.gradient_accumulation_steps} backward passes per update and process"),
             ("denoiser calls per step", f"{calls} images x steps in rollout, {updates} with gradient"),
             ("steps", f"{r.max_steps} ({r.max_steps * self.images_per_step} images)"),
             ("processes", str(self.world_size)),

@@ -25,14 +25,14 @@ def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
         if not prompts:
             raise ValueError("the list of prompts is empty")
         return prompts
-    if str(source) in EMBEDDED:
-        path = Path(str(files("flowrl.assets"))) / "prompts" / f"{source}.jsonl"
-    else:
-        path = Path(source)
+    embedded = str(source) in EMBEDDED
+    path = Path(str(files("flowrl.assets")), "prompts", f"{source}.jsonl") if embedded else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path} (embedded sets: {', '.join(EMBEDDED)})")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # splitlines() would cut at U+2028, which JSON allows inside text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
     read = _from_json if path.suffix in (".jsonl", ".json") else lambda line, where: Prompt(line.strip())
@@ -57,14 +57,12 @@ def prompt_order(num_prompts: int, count: int, step: int, seed: int) -> list[int
 
     A prompt appears at most once per step as long as count <= num_prompts.
     """
-    indices: list[int] = []
-    if count > num_prompts:  # more than one epoch per step: whole permutations, then a rest
+    if count > num_prompts:
         raise ValueError(f"prompts_per_step={count} exceeds the {num_prompts} prompts of the file")
     per_epoch = num_prompts // count  # steps per epoch; the rest of a permutation waits for the next one
     epoch, position = divmod(step, per_epoch)
     permutation = np.random.default_rng([seed, epoch]).permutation(num_prompts)
-    indices.extend(int(i) for i in permutation[position * count : (position + 1) * count])
-    return indices
+    return [int(i) for i in permutation[position * count : (position + 1) * count]]
 
 
 def sample_seed(*numbers: int) -> int:

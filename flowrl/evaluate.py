@@ -58,20 +58,26 @@ class Evaluation:
         return list(dict.fromkeys(str(p.columns["kind"]) for p in self.prompts if "kind" in p.columns))
 
     def _of(self, kind: str | None) -> list[int]:
-        return [i for i, p in enumerate(self.prompts) if kind is None or p.columns.get("kind") == kind]
+        return [i for i, p in enumerate(self.prompts) if kind is None or str(p.columns.get("kind")) == kind]
 
     def to_json(self) -> dict[str, Any]:
         rows = [
-            {"prompt": p.text, "kind": p.columns.get("kind"), "seed": seed, **{n: _finite(self.scores[i, j, k]) for k, n in enumerate(self.rewards)}}
+            {
+                "prompt": p.text,
+                "kind": p.columns.get("kind"),
+                "seed": seed,
+                **{n: _finite(self.scores[i, j, k]) for k, n in enumerate(self.rewards)},
+            }
             for i, p in enumerate(self.prompts)
             for j, seed in enumerate(self.seeds[i])
         ]
-        means = {name: {"all": self.mean(name), **{kind: self.mean(name, kind) for kind in self.kinds}} for name in self.rewards}
+        means = {name: {kind or "all": _finite(self.mean(name, kind)) for kind in [None, *self.kinds]} for name in self.rewards}
         return {"model": self.model, "protocol": asdict(self.protocol), "means": means, "samples": rows}
 
 
-def _finite(value: Tensor) -> float | None:
-    return None if value.isnan() else round(float(value), 6)
+def _finite(value: Tensor | float) -> float | None:
+    """Six decimals; NaN is null in JSON."""
+    return None if value != value else round(float(value), 6)
 
 
 def prompt_seed(prompt: str, index: int, seed: int = 0) -> int:
@@ -132,12 +138,17 @@ class Difference:
 def compare(base: Evaluation, tuned: Evaluation, reward: str, kind: str | None = None, resamples: int = 10_000) -> Difference:
     """Paired difference of means; the interval is a bootstrap over prompts (the seeds of a prompt stay together).
 
-    Raises ValueError when the protocols differ: such scores do not compare.
+    Raises ValueError when the protocols or the prompts differ: such scores do not compare.
     """
     if base.protocol != tuned.protocol:
         ours, theirs = asdict(base.protocol), asdict(tuned.protocol)
         differing = [f"{k}: {ours[k]!r} against {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]
         raise ValueError(f"these evaluations do not compare, their protocols differ in {'; '.join(differing)}")
+    if (texts := [p.text for p in base.prompts]) != [p.text for p in tuned.prompts]:
+        raise ValueError(
+            f"these evaluations do not compare: {base.protocol.prompts} had {len(texts)} prompts for {base.model}, "
+            f"and {len(tuned.prompts)} prompts, or others, for {tuned.model}"
+        )
     chosen = base._of(kind)
     a, b = base.per_prompt(reward)[chosen].double().numpy(), tuned.per_prompt(reward)[chosen].double().numpy()
     both = ~(np.isnan(a) | np.isnan(b))
@@ -155,7 +166,16 @@ def comparison_rows(base: Evaluation, tuned: Evaluation, reward: str) -> tuple[l
     rows = []
     for kind in [*base.kinds, None]:
         d = compare(base, tuned, reward, kind)
-        rows.append([kind or "all", f"{d.base:.3f}", f"{d.tuned:.3f}", f"{d.value:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}", str(len(base._of(kind)))])
+        rows.append(
+            [
+                kind or "all",
+                f"{d.base:.3f}",
+                f"{d.tuned:.3f}",
+                f"{d.value:+.3f}",
+                f"{d.low:+.3f} to {d.high:+.3f}",
+                str(len(base._of(kind))),
+            ]
+        )
     return header, rows
 
 
@@ -163,7 +183,11 @@ def score_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """A table of one model: a row for each kind and one for all, a column for each reward."""
     header = [evaluation.model, *evaluation.rewards, "prompts"]
     rows = [
-        [kind or "all", *(f"{evaluation.mean(name, kind):.3f}" for name in evaluation.rewards), str(len(evaluation._of(kind)))]
+        [
+            kind or "all",
+            *(f"{evaluation.mean(name, kind):.3f}" for name in evaluation.rewards),
+            str(len(evaluation._of(kind))),
+        ]
         for kind in [*evaluation.kinds, None]
     ]
     return header, rows
@@ -172,5 +196,8 @@ def score_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with spaces, the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in [header, *rows]]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [header, *rows]
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -51,7 +51,7 @@ class Policy:
         _check_servable(pipe)
         pipe.scheduler = one_step_scheduler(pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
-        self.denoisers: dict[str, nn.Module] = {
+        self.denoisers: dict[str, Any] = {
             name: module for name in DENOISERS if isinstance(module := getattr(pipe, name, None), nn.Module)
         }
         for component in pipe.components.values():
@@ -83,7 +83,7 @@ class Policy:
         from diffusers import DiffusionPipeline
 
         path = resolve_model(model)
-        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=DTYPES[dtype])
+        pipe = DiffusionPipeline.from_pretrained(str(path), dtype=DTYPES[dtype], **_left_out(path))
         defaults_file = Path(path) / DEFAULTS_FILE
         defaults = json.loads(defaults_file.read_text())["call"] if defaults_file.is_file() else {}
         if lora is not None:
@@ -140,8 +140,13 @@ class Policy:
             present = [target for target in wanted if any(name == target or name.endswith("." + target) for name in names)]
             missing = sorted(set(wanted) - set(present)) if targets else []
             if missing or not present:
-                endings = sorted({name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)})
-                raise ValueError(f"lora_targets {missing or wanted} match nothing in {type(module).__name__}; its linear layers end in {endings}")
+                endings = sorted(
+                    {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+                )
+                raise ValueError(
+                    f"lora_targets {missing or wanted} match nothing in {type(module).__name__}; "
+                    f"its linear layers end in {endings}"
+                )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, init_lora_weights="gaussian", target_modules=present)
@@ -240,16 +245,30 @@ class Policy:
         items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
         transition = transition or ODE()
         if stochastic and transition.deterministic:
-            raise ValueError(f"{transition} is deterministic: no step can be stochastic; choose FlowSDE, CPS, DanceSDE or DDIM with noise")
+            raise ValueError(
+                f"{transition} is deterministic: no step can be stochastic; choose FlowSDE, CPS, DanceSDE or DDIM with noise"
+            )
         seeds = [int(seed) for seed in seeds]
         drive = Rollout(self.pipe, transition, list(stochastic), _generators(seeds, offset=1), keep_velocity)
         final: list[Tensor] = []
         if "callback_on_step_end" in self._parameters:  # sees the state after the pipeline's own edits (inpainting blends)
-            call = {**call, "callback_on_step_end": lambda pipe, i, t, kwargs: final.append(kwargs["latents"]) or kwargs}
+
+            def keep_latents(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+                final[:] = [kwargs["latents"]]
+                return kwargs
+
+            call = {**call, "callback_on_step_end": keep_latents}
         with torch.no_grad():
-            self._run([item.text for item in items], drive, generator=_generators(init_seeds or seeds), output_type="latent", **call)
+            self._run(
+                [item.text for item in items],
+                drive,
+                generator=_generators(init_seeds or seeds),
+                output_type="latent",
+                **call,
+            )
         groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
-        latents = final[-1] if final else drive.latents
+        latents = final[0] if final else drive.latents
+        assert latents is not None
         return Samples(prompts=items, seeds=seeds, group=groups, latents=latents, steps=drive.steps)
 
     def velocity(self, prompts: Sequence[str], at: Step | Tensor, t: Tensor | None = None, **call: Any) -> Tensor:
@@ -269,7 +288,9 @@ class Policy:
             raise Unservable(f"{self.name} did not call its scheduler at the requested step")
         return drive.velocity
 
-    def decode(self, samples: Samples | Tensor, prompts: Sequence[str] | None = None, batch_size: int = 32, **call: Any) -> Tensor:
+    def decode(
+        self, samples: Samples | Tensor, prompts: Sequence[str] | None = None, batch_size: int = 32, **call: Any
+    ) -> Tensor:
         """Latents to pictures (N, 3, H, W) or clips (N, F, 3, H, W), fp32 in [0, 1], by the pipeline's own tail."""
         latents = samples.latents if isinstance(samples, Samples) else samples
         texts = list(samples.texts if isinstance(samples, Samples) else prompts or [""] * len(latents))
@@ -278,7 +299,15 @@ class Policy:
             for start in range(0, len(latents), batch_size):
                 part = slice(start, start + batch_size)
                 seeds = [0] * len(texts[part])
-                output = self._run(texts[part], Decode(self.pipe), latents[part], generator=_generators(seeds), output_type="pt", autocast=False, **call)
+                output = self._run(
+                    texts[part],
+                    Decode(self.pipe),
+                    latents[part],
+                    generator=_generators(seeds),
+                    output_type="pt",
+                    autocast=False,
+                    **call,
+                )
                 parts.append(output[0].float())
         return torch.cat(parts)
 
@@ -314,7 +343,9 @@ class Policy:
         """
         for module in self.denoisers.values():
             if not hasattr(module, "set_attention_backend"):
-                raise ValueError(f"{type(module).__name__} has no attention backends in this diffusers; leave attention_backend unset")
+                raise ValueError(
+                    f"{type(module).__name__} has no attention backends in this diffusers; leave attention_backend unset"
+                )
             module.set_attention_backend(name)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -327,9 +358,13 @@ class Policy:
             if self.has_lora:
                 from peft.utils import get_peft_model_state_dict
 
-                layers = {f"{name}_lora_layers": get_peft_model_state_dict(module, adapter_name="policy") for name, module in self.denoisers.items()}
+                layers = {
+                    f"{name}_lora_layers": get_peft_model_state_dict(module, adapter_name="policy")
+                    for name, module in self.denoisers.items()
+                }
                 metadata = {
-                    f"{name}_lora_adapter_metadata": module.peft_config["policy"].to_dict() for name, module in self.denoisers.items()
+                    f"{name}_lora_adapter_metadata": module.peft_config["policy"].to_dict()
+                    for name, module in self.denoisers.items()
                 }
                 accepted = inspect.signature(type(self.pipe).save_lora_weights).parameters
                 type(self.pipe).save_lora_weights(str(folder), **layers, **{k: v for k, v in metadata.items() if k in accepted})
@@ -353,7 +388,10 @@ def resolve_model(model: str | Path) -> Path | str:
         missing = [
             name
             for name, entry in components.items()
-            if name in (*DENOISERS, "vae") and isinstance(entry, list) and entry[0] and not list((path / name).glob("*.safetensors"))
+            if name in (*DENOISERS, "vae")
+            and isinstance(entry, list)
+            and entry[0]
+            and not list((path / name).glob("*.safetensors"))
         ]
         if missing:
             raise FileNotFoundError(f"{path} has no safetensors weights for: {', '.join(missing)}")
@@ -361,6 +399,13 @@ def resolve_model(model: str | Path) -> Path | str:
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(f"no model at {model}; embedded models: {', '.join(EMBEDDED)}; hub ids look like owner/name")
     return str(model)
+
+
+def _left_out(path: Path | str) -> dict[str, None]:
+    """Components that a local pipeline was saved without (SD3 without its T5): diffusers wants to be told again."""
+    index = Path(path) / "model_index.json"
+    components = json.loads(index.read_text()) if index.is_file() else {}
+    return {name: None for name, entry in components.items() if entry == [None, None]}
 
 
 def _undecorated_call(pipe: Any) -> Callable[..., Any]:
@@ -393,7 +438,16 @@ class _PromptMemo:
     a mask that a pipeline leaves out where nothing is padded (Qwen-Image) is filled in.
     """
 
-    ROWS = ("prompt", "prompt_2", "prompt_3", "prompt_4", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
+    ROWS = (
+        "prompt",
+        "prompt_2",
+        "prompt_3",
+        "prompt_4",
+        "negative_prompt",
+        "negative_prompt_2",
+        "negative_prompt_3",
+        "negative_prompt_4",
+    )
 
     def __init__(self, pipe: Any):
         self.encode = pipe.encode_prompt
@@ -413,7 +467,11 @@ class _PromptMemo:
         grows = self._growing(rows[0])
         columns = [[result[k] for result in results] for k in range(len(grows))]
         lengths = next(
-            ([v.shape[1] for v in column] for column, grow in zip(columns, grows, strict=True) if grow and isinstance(column[0], Tensor) and column[0].ndim > 1),
+            (
+                [v.shape[1] for v in column]
+                for column, grow in zip(columns, grows, strict=True)
+                if grow and isinstance(column[0], Tensor) and column[0].ndim > 1
+            ),
             [],
         )
         if len(set(lengths)) > 1:
@@ -434,7 +492,9 @@ class _PromptMemo:
 
     def _pair(self, first: dict[str, Any], second: dict[str, Any]) -> Any:
         """Two rows encoded as one batch."""
-        return self._encoded({key: value + second[key] if key in self.ROWS and isinstance(value, list) else value for key, value in first.items()})
+        return self._encoded(
+            {key: value + second[key] if key in self.ROWS and isinstance(value, list) else value for key, value in first.items()}
+        )
 
     def _once(self, what: str, row: dict[str, Any], find: Callable[[], Any]) -> Any:
         """A fact about `encode_prompt` that depends on the kind of call and not on its prompts."""
@@ -445,12 +505,22 @@ class _PromptMemo:
 
     def _growing(self, row: dict[str, Any]) -> list[bool]:
         """For each returned value: does its first dimension grow with the batch?"""
-        return self._once("growing", row, lambda: [a is None or len(b) == 2 * len(a) for a, b in zip(self._encoded(row), self._pair(row, row), strict=True)])
+        return self._once(
+            "growing",
+            row,
+            lambda: [a is None or len(b) == 2 * len(a) for a, b in zip(self._encoded(row), self._pair(row, row), strict=True)],
+        )
 
     def _masks(self, short: dict[str, Any], long: dict[str, Any]) -> dict[int, torch.dtype]:
         """Positions and types of the masks that appear only where prompts of different lengths share a batch."""
         return self._once(
-            "masks", short, lambda: {k: b.dtype for k, (a, b) in enumerate(zip(self._encoded(short), self._pair(short, long), strict=True)) if a is None and b is not None}
+            "masks",
+            short,
+            lambda: {
+                k: b.dtype
+                for k, (a, b) in enumerate(zip(self._encoded(short), self._pair(short, long), strict=True))
+                if a is None and b is not None
+            },
         )
 
 

@@ -5,13 +5,15 @@
     RUN/checkpoint-50/{pytorch_lora_weights.safetensors | model/, training_state/}
     RUN/{pytorch_lora_weights.safetensors | model/}                         the result: averaged weights
 
-A checkpoint folder appears whole or not at all: it is written beside its place, flushed to disk, and renamed.
+What is read again appears whole or not at all: it is written beside its place, flushed to disk, and renamed; what goes is
+renamed first. Whatever moment a run is killed at, only names that begin with `.writing-` are left over.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import platform
 import random
 import re
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,17 +38,24 @@ from flowrl.config import ConfigError, Recipe
 from flowrl.policy import LORA_FILE, Policy
 
 STATE = "training_state"
+UNFINISHED = ".writing-"
 
 
 # ------------------------------------------------------------------------------------------------ the folder
 
 
-def prepare_folder(folder: Path, recipe: Recipe, resuming: bool) -> None:
-    """Make the run's folder and prove that it can be written, before any weight is loaded."""
+def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Make the run's folder and prove that it can be written, before any weight is loaded; clear what a killed run left."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file")
-    if not resuming and (folder / "metrics.jsonl").exists():
+    going_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    if not going_on and (folder / "metrics.jsonl").exists():
         raise ConfigError(f"output_dir {folder} holds a run already; choose another, or go on with resume_from_checkpoint=latest")
+    if checkpoint is not None and going_on and (newest := checkpoints(folder)[-1]).name != checkpoint.resolve().name:
+        raise ConfigError(
+            f"output_dir {folder} holds {newest.name}, which is later than {checkpoint.name}: "
+            "remove it, or go on in another output_dir"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -53,8 +63,12 @@ def prepare_folder(folder: Path, recipe: Recipe, resuming: bool) -> None:
             probe.flush()
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written: {error.strerror}") from None
-    for leftover in folder.glob(".writing-*"):
+    for leftover in list(folder.rglob(f"{UNFINISHED}*")):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_facts(folder: Path, recipe: Recipe) -> None:
+    """What is trained, and on what."""
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
@@ -74,16 +88,9 @@ def environment() -> dict[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with writing(path), unfinished(path.parent) as temporary:
+        (temporary / path.name).write_text(text, encoding="utf-8")
+        move(temporary / path.name, path)
 
 
 class Metrics:
@@ -103,7 +110,7 @@ class Metrics:
             write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **{k: _number(v) for k, v in values.items()}}) + "\n")
 
 
@@ -120,7 +127,9 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ samples
 
 
-def write_samples(folder: Path, step: int, samples: Samples, scores: Tensor, names: Sequence[str], advantage: Tensor, limit: int = 64) -> None:
+def write_samples(
+    folder: Path, step: int, samples: Samples, scores: Tensor, names: Sequence[str], advantage: Tensor, limit: int = 64
+) -> None:
     """Pictures (clips: their frames side by side) and a table of one step: prompt, seed, every reward (N, K), advantage (N,)."""
     from flowrl.reward_models.base import to_pil
 
@@ -133,7 +142,9 @@ def write_samples(folder: Path, step: int, samples: Samples, scores: Tensor, nam
             rewards = {name: _number(float(scores[i, k])) for k, name in enumerate(names)}
             row = {"file": file, "prompt": samples.texts[i], "seed": samples.seeds[i], "group": int(samples.group[i])}
             rows.append({**row, "rewards": rewards, "advantage": _number(float(advantage[i]))})
-        (place / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        (place / "samples.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
 
 
 def beside(frames: list[Any]) -> Any:
@@ -150,25 +161,58 @@ def beside(frames: list[Any]) -> Any:
 
 
 @contextmanager
-def written_whole(place: Path):
-    """A folder that is filled under a temporary name, flushed and renamed; an error leaves nothing behind."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
+def unfinished(parent: Path):
+    """A new folder in `parent` that is gone afterwards, unless it was moved."""
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
+    os.chmod(temporary, 0o755)
     try:
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        os.chmod(temporary, 0o755)
-        if place.exists():
-            shutil.rmtree(place)
-        os.rename(temporary, place)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def written_whole(place: Path):
+    """A folder that is filled under a temporary name, flushed and renamed; an error leaves nothing behind."""
+    with writing(place), unfinished(place.parent) as temporary:
+        yield temporary
+        move(temporary, place)
+
+
+@contextmanager
+def writing(path: Path):
+    """Name the file in the errors of a disk: those of a full one do not, and torch and safetensors have errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}") from error
+
+
+def flush(*paths: Path) -> None:
+    """Files and folders to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def move(source: Path, place: Path) -> None:
+    """Put a finished file or folder into place, over what is there."""
+    flush(*source.rglob("*"), source)
+    if place.is_dir():
+        remove(place)
+    os.replace(source, place)
+    flush(place.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; a kill in between leaves no half of it under its name."""
+    with unfinished(folder.parent) as doomed:
+        os.rename(folder, doomed)
 
 
 @dataclass
@@ -186,7 +230,17 @@ def save_weights(policy: Policy, folder: Path, weights: str) -> None:
     policy.save(folder if policy.has_lora else folder / "model", weights)
 
 
-def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, progress: Progress, limit: int) -> Path:
+def save_result(policy: Policy, folder: Path) -> None:
+    """The averaged weights, into the run's folder beside what is there."""
+    with writing(folder), unfinished(folder) as temporary:
+        save_weights(policy, temporary, "ema")
+        for path in temporary.iterdir():
+            move(path, folder / path.name)
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, progress: Progress, limit: int
+) -> Path:
     """Everything a run needs to go on bit for bit, under `checkpoint-STEP`; then the oldest beyond `limit` go."""
     place = folder / f"checkpoint-{progress.step}"
     with written_whole(place) as temporary:
@@ -195,7 +249,8 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         save_file({key: p.detach().contiguous() for key, p in policy.trainable().items()}, state / "policy.safetensors")
         for name, tensors in policy.snapshots.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, state / f"snapshot-{name}.safetensors")
-        torch.save(optimizer.state_dict(), state / "optimizer.pt")
+        with (state / "optimizer.pt").open("wb") as file:
+            torch.save(optimizer.state_dict(), file)
         torch.save({"torch": torch.get_rng_state()}, state / "rng.pt")
         python = random.getstate()
         numpy_state: Any = np.random.get_state()
@@ -208,13 +263,17 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         (state / "state.json").write_text(json.dumps(facts))
         save_weights(policy, temporary, "ema" if "ema" in policy.snapshots else "policy")
     for old in checkpoints(folder)[:-limit] if limit else []:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return place
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and (path / STATE / "state.json").is_file()]
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / STATE / "state.json").is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
@@ -233,37 +292,60 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
     return Path(wanted)
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Progress, recipe and random states of a checkpoint. Raises ConfigError when they cannot be read."""
+    try:
+        facts = json.loads((checkpoint / STATE / "state.json").read_text())
+        return {name: facts[name] for name in ("progress", "recipe", "python_rng", "numpy_rng")}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{checkpoint} is not a whole checkpoint of flowrl: {STATE}/state.json cannot be read") from None
+
+
 #: Options that a checkpoint fixes: with another value its weights do not fit or mean something else.
 FIXED = ("model", "lora", "train", "lora_rank", "lora_alpha", "lora_targets", "objective", "seed")
 
 
 def check_resumable(checkpoint: Path, recipe: Recipe) -> list[str]:
-    """Compare the checkpoint's recipe with the run's. Raises ConfigError when they cannot go together; returns what else changed."""
-    saved = json.loads((checkpoint / STATE / "state.json").read_text())["recipe"]
+    """Compare the checkpoint's recipe with the run's. Raises ConfigError when they cannot go together; returns what changed."""
+    saved = read_state(checkpoint)["recipe"]
     ours = json.loads(json.dumps(vars(recipe)))
     for name in FIXED:
         if saved.get(name) != ours[name]:
-            raise ConfigError(f"{checkpoint} was trained with {name}={saved.get(name)!r}, this recipe says {ours[name]!r}; start a new run instead")
+            raise ConfigError(
+                f"{checkpoint} was trained with {name}={saved.get(name)!r}, this recipe says {ours[name]!r}: start a new run"
+            )
     ignored = ("resume_from_checkpoint", "output_dir", "max_steps", "max_minutes")
-    return [f"{name}: {saved.get(name)!r} -> {ours[name]!r}" for name in ours if name not in ignored and saved.get(name) != ours[name]]
+    return [
+        f"{name}: {saved.get(name)!r} -> {ours[name]!r}" for name in ours if name not in ignored and saved.get(name) != ours[name]
+    ]
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put weights, snapshots, optimiser and random states back. Raises ConfigError when the weights are of another model."""
-    state = checkpoint / STATE
-    weights = load_file(state / "policy.safetensors")
+    """Put weights, snapshots, optimiser and random states back.
+
+    Raises ConfigError when the weights are of another model or a file is damaged.
+    """
+    state, facts = checkpoint / STATE, read_state(checkpoint)
+    try:
+        weights = load_file(state / "policy.safetensors")
+        snapshots = {file.stem.removeprefix("snapshot-"): load_file(file) for file in state.glob("snapshot-*.safetensors")}
+        optimizer_state = torch.load(state / "optimizer.pt", weights_only=True, map_location=policy.device)
+        random_state = torch.load(state / "rng.pt", weights_only=True)["torch"]
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{checkpoint} is damaged: {error}") from None
     trainable = policy.trainable()
     differing = sorted(set(weights) ^ set(trainable)) or [key for key, p in trainable.items() if p.shape != weights[key].shape]
     if differing:
-        raise ConfigError(f"{checkpoint} is of another model: {len(differing)} weights differ in name or shape, first {differing[0]}")
+        raise ConfigError(
+            f"{checkpoint} is of another model: {len(differing)} weights differ in name or shape, first {differing[0]}"
+        )
     with torch.no_grad():
         for key, parameter in trainable.items():
             parameter.copy_(weights[key])
-    for file in state.glob("snapshot-*.safetensors"):
-        policy.snapshots[file.stem.removeprefix("snapshot-")] = {k: v.to(policy.device) for k, v in load_file(file).items()}
-    optimizer.load_state_dict(torch.load(state / "optimizer.pt", weights_only=True, map_location=policy.device))
-    facts = json.loads((state / "state.json").read_text())
-    torch.set_rng_state(torch.load(state / "rng.pt", weights_only=True)["torch"])
+    for name, tensors in snapshots.items():  # copied: where a file's tensors lie in memory decides a matmul's last bits
+        policy.snapshots[name] = {key: tensor.to(policy.device, copy=True) for key, tensor in tensors.items()}
+    optimizer.load_state_dict(optimizer_state)
+    torch.set_rng_state(random_state)
     version_, words, gauss = facts["python_rng"]
     random.setstate((version_, tuple(words), gauss))
     name, keys, *rest = facts["numpy_rng"]
@@ -278,7 +360,7 @@ def load_trained(source: str | Path, **options: Any) -> Policy:
     """
     path = Path(source)
     if (path / STATE / "state.json").is_file():
-        base = json.loads((path / STATE / "state.json").read_text())["recipe"]["model"]
+        base = read_state(path)["recipe"]["model"]
     elif (path / "recipe.yaml").is_file():
         base = yaml.safe_load((path / "recipe.yaml").read_text())["model"]
         if not (path / LORA_FILE).is_file() and not (path / "model").is_dir():
@@ -330,7 +412,10 @@ Rewards are proxies: look at the pictures (`flowrl gallery {model} {folder}`) an
 
 def write_model_card(folder: Path, policy: Policy, recipe: Recipe, progress: Progress) -> None:
     """README.md of the run: what was done, how to use it, how to repeat it."""
-    pipeline, call = type(policy.pipe).__name__, ", ".join(f"{k}={v!r}" for k, v in policy.call.items() if k != "num_inference_steps")
+    pipeline, call = (
+        type(policy.pipe).__name__,
+        ", ".join(f"{k}={v!r}" for k, v in policy.call.items() if k != "num_inference_steps"),
+    )
     load = f'pipe = DiffusionPipeline.from_pretrained("{recipe.model}")\npipe.load_lora_weights("{folder}")'
     if not policy.has_lora:
         load = f'pipe = DiffusionPipeline.from_pretrained("{folder}/model")'
@@ -344,7 +429,10 @@ def write_model_card(folder: Path, policy: Policy, recipe: Recipe, progress: Pro
         images=progress.images,
         steps=progress.step,
         minutes=progress.seconds / 60,
-        rewards=", ".join(f"{name} ({value if not isinstance(value, dict) else value.get('weight', 1)})" for name, value in recipe.rewards.items()),
+        rewards=", ".join(
+            f"{name} ({value if not isinstance(value, dict) else value.get('weight', 1)})"
+            for name, value in recipe.rewards.items()
+        ),
         prompts=recipe.prompts,
         per_step=recipe.prompts_per_step,
         generations=recipe.num_generations,

@@ -35,7 +35,7 @@ class RewardError(RuntimeError):
 
 
 class FunctionReward:
-    """A plain function as a reward. Raises RewardError when it returns the wrong number or type of values, or raises."""
+    """A plain function as a reward. Raises RewardError when it returns the wrong number or type of values."""
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
         self.function = function
@@ -48,11 +48,7 @@ class FunctionReward:
         assert samples.images is not None, "rewards score decoded samples"
         images = to_pil(samples.images) if getattr(self.function, "pil", False) else samples.images
         columns = {name: values for name, values in samples.columns.items() if self.takes_all or name in self.parameters}
-        try:
-            values = self.function(images, samples.texts, **columns)
-        except Exception as error:
-            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
-        return as_scores(values, len(samples), self.name)
+        return as_scores(self.function(images, samples.texts, **columns), len(samples), self.name)
 
 
 def as_scores(values: Any, count: int, name: str) -> Tensor:
@@ -63,7 +59,9 @@ def as_scores(values: Any, count: int, name: str) -> Tensor:
         try:
             scores = torch.tensor([float("nan") if value is None else float(value) for value in values])
         except (TypeError, ValueError):
-            raise RewardError(f"reward {name!r} returned {type(values).__name__} instead of one number (or None) per sample") from None
+            raise RewardError(
+                f"reward {name!r} returned {type(values).__name__} instead of one number (or None) per sample"
+            ) from None
     if scores.shape != (count,):
         raise RewardError(f"reward {name!r} returned values of shape {tuple(scores.shape)} for {count} samples")
     if scores.isinf().any():
@@ -90,7 +88,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(known)}"
 
 
-def load_reward(spec: str | Callable[..., Any], rewards: dict[str, Callable[..., Reward]] | None = None, **options: Any) -> Reward:
+def load_reward(
+    spec: str | Callable[..., Any], rewards: dict[str, Callable[..., Reward]] | None = None, **options: Any
+) -> Reward:
     """A reward from its name, the dotted path of a function (`my_package.my_module.my_function`), a function, or a Reward.
 
     options go to the named reward's constructor. Raises ValueError for unknown names (with the nearest known ones), for paths
@@ -109,16 +109,36 @@ def load_reward(spec: str | Callable[..., Any], rewards: dict[str, Callable[...,
     if not module_name:
         raise ValueError(f"unknown reward {spec!r}{nearest(spec, rewards)} (or give the dotted path of a function)")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise ValueError(f"reward {spec!r}: cannot import {module_name} ({error})") from None
-    except AttributeError:
-        raise ValueError(f"reward {spec!r}: {module_name} has no {function_name}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a module of the user's does on import
+        raise ValueError(f"reward {spec!r}: cannot import {module_name} ({type(error).__name__}: {error})") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"reward {spec!r}: {module_name} has no function or class {function_name}")
     if inspect.isclass(function):
-        function = function(**options)
+        try:
+            function = function(**options)
+        except TypeError as error:
+            raise ValueError(f"reward {spec!r}: {error}") from None
+    elif options:
+        raise ValueError(f"reward {spec!r} is a function and has no options, but got {', '.join(options)}")
     return function if hasattr(function, "name") else FunctionReward(function, function_name)
 
 
 def score(rewards: dict[str, Reward], samples: Samples) -> Tensor:
-    """Every reward of every sample, (N, K) fp32 on the CPU, columns in the order of `rewards`."""
-    return torch.stack([as_scores(reward(samples), len(samples), name) for name, reward in rewards.items()], dim=1)
+    """Every reward of every sample, (N, K) fp32 on the CPU, columns in the order of `rewards`.
+
+    Raises RewardError, with the reward's name, for whatever a scorer raises.
+    """
+    columns = []
+    for name, reward in rewards.items():
+        try:
+            values = reward(samples)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {name!r} raised {type(error).__name__}: {error} (FLOWRL_TRACEBACK=1 shows where)"
+            ) from error
+        columns.append(as_scores(values, len(samples), name))
+    return torch.stack(columns, dim=1) if columns else torch.zeros(len(samples), 0)

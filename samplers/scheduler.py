@@ -31,14 +31,14 @@ from torch import Tensor
 
 from flowrl.batch import Step
 from flowrl.samplers import flow
-from flowrl.samplers.transitions import ODE, Transition
+from flowrl.samplers.transitions import Transition
 
 
 class Unservable(ValueError):
     """A pipeline that the seam cannot drive; the message says why."""
 
 
-class _Recorded(Exception):  # noqa: N818 - control flow, not an error
+class _Recorded(Exception):
     """Raised by a replay's `step` once it has what it came for."""
 
 
@@ -66,16 +66,13 @@ class Grid:
         below_one = [t for t in self.t if t < 1 - 1e-6]
         self.t_max = max(below_one)
 
-    def scale(self, t: float | Tensor) -> Any:
+    def scale(self, t: float) -> float:
         """c(t): the pipeline's state is c * x, with x in flow coordinates. 1 for flow models."""
-        return 1.0 if self.is_flow else flow.vp_scale(t)
+        return 1.0 if self.is_flow else float(flow.vp_scale(t))
 
-    def to_flow(self, native: Tensor, t: float | Tensor) -> Tensor:
-        """The pipeline's state (B, ...) as fp32 flow coordinates."""
-        return native.float() if self.is_flow else native.float() / flow.expand(self.scale(t), native)
-
-    def to_native(self, x: Tensor, t: float | Tensor, dtype: torch.dtype) -> Tensor:
-        return (x if self.is_flow else x * flow.expand(self.scale(t), x)).to(dtype)
+    def to_native(self, x: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """A state in flow coordinates at per-sample times (B,) as the pipeline has it."""
+        return (x if self.is_flow else x * flow.expand(flow.vp_scale(t), x)).to(dtype)
 
     def velocity(self, native: Tensor, output: Tensor, t: float | Tensor) -> Tensor:
         """The model's output as a flow velocity v = eps - x0, (B, ...)."""
@@ -141,7 +138,9 @@ class Row(torch.Tensor):
         size = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
         times, rest = divmod(int(size[0]), row.shape[0])
         if len(size) != 1 or rest:
-            raise Unservable(f"this pipeline expands the time of a step to {tuple(size)}, which does not fit {row.shape[0]} samples")
+            raise Unservable(
+                f"this pipeline expands the time of a step to {tuple(size)}, which does not fit {row.shape[0]} samples"
+            )
         return row.repeat(times)
 
     def repeat(self, *sizes: Any) -> Tensor:
@@ -156,7 +155,9 @@ class Row(torch.Tensor):
     def _one_answer(self, answers: Tensor) -> bool:
         answers = answers.as_subclass(Tensor)
         if not (answers.all() or not answers.any()):
-            raise Unservable("this pipeline decides by the step's time (two experts?): group samples so that all fall on one side")
+            raise Unservable(
+                "this pipeline decides by the step's time (two experts?): group samples so that all fall on one side"
+            )
         return bool(answers.all())
 
     def __ge__(self, other: Any) -> Any:
@@ -201,7 +202,14 @@ class Rollout(Drive):
     generators: one per sample, for the noise of the steps. keep_velocity: store v with each step.
     """
 
-    def __init__(self, pipe: Any, transition: Transition, stochastic: list[int], generators: list[torch.Generator], keep_velocity: bool = False):
+    def __init__(
+        self,
+        pipe: Any,
+        transition: Transition,
+        stochastic: list[int],
+        generators: list[torch.Generator],
+        keep_velocity: bool = False,
+    ):
         super().__init__(pipe)
         self.transition, self.stochastic, self.generators = transition, frozenset(stochastic), generators
         self.keep_velocity = keep_velocity
@@ -216,32 +224,34 @@ class Rollout(Drive):
     def step(self, output: Tensor, native: Tensor) -> Tensor:
         grid, i = self.grid, self.index
         t, t_next = grid.t[i], grid.t[i + 1]
-        x = grid.to_flow(native, t)
+        scale, scale_next = grid.scale(t), grid.scale(t_next)
+        x = native.float() / scale
         v = grid.velocity(native, output, t)
         if i not in self.stochastic:
-            self.latents = grid.to_native(ODE().transition(x, v, t, t_next, grid.t_max).mean, t_next, native.dtype)
+            self.latents = (scale_next * (x - (t - t_next) * v.float())).to(native.dtype)
             return self.latents
         gaussian = self.transition.transition(x, v, t, t_next, grid.t_max)
         noise = randn_tensor(native.shape, generator=self.generators, device=native.device, dtype=torch.float32)
         # Rounded to the loop's dtype before its log-prob is taken: a replay reads the rounded state.
-        self.latents = grid.to_native(gaussian.sample(noise), t_next, native.dtype)
-        x_next = grid.to_flow(self.latents, t_next)
-        # A clone: some pipelines write the next state in place.
-        kept = native.clone()
-        self.steps.append(
-            Step(
-                native=kept,
-                x=grid.to_flow(kept, t),
-                x_next=x_next.clone() if x_next is self.latents else x_next,
-                t=t,
-                t_next=t_next,
-                t_max=grid.t_max,
-                log_prob=gaussian.log_prob(x_next),
-                index=i,
-                transition=self.transition,
-                v=v.clone() if self.keep_velocity else None,
-            )
+        self.latents = (scale_next * gaussian.sample(noise)).to(native.dtype)
+        # Clones: some pipelines write the next state in place.
+        before = self.steps[-1] if self.steps and self.steps[-1].index == i - 1 else None
+        shared = before is not None and torch.equal(before.native_next, native)
+        step = Step(
+            native=before.native_next if shared else native.clone(),
+            native_next=self.latents.clone(),
+            t=t,
+            t_next=t_next,
+            t_max=grid.t_max,
+            log_prob=torch.empty(0),
+            index=i,
+            transition=self.transition,
+            scale=scale,
+            scale_next=scale_next,
+            v=v.clone() if self.keep_velocity else None,
         )
+        step.log_prob = gaussian.log_prob(step.x_next)
+        self.steps.append(step)
         return self.latents
 
 
@@ -337,7 +347,11 @@ def one_step_scheduler(scheduler: Any) -> Any:
             shift=config.get("flow_shift", 1.0) or 1.0,
             use_dynamic_shifting=config.get("use_dynamic_shifting", False),
         )
-    if config.get("beta_schedule") and config.get("prediction_type", "epsilon") in ("epsilon", "v_prediction", "sample"):
+    if config.get("beta_schedule") and config.get("prediction_type", "epsilon") in (
+        "epsilon",
+        "v_prediction",
+        "sample",
+    ):
         if config.get("rescale_betas_zero_snr", False) and config.get("prediction_type") == "epsilon":
             raise Unservable(f"{name}: noise prediction with zero terminal SNR has no clean estimate at its first step")
         return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False, set_alpha_to_one=False)
@@ -360,7 +374,9 @@ def driven(pipe: Any, drive: Drive, latents: Tensor | None = None) -> Iterator[N
             prepared = prepare(*args, **kwargs)
             first = prepared[0] if isinstance(prepared, tuple) else prepared
             if first.shape != latents.shape:
-                raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit this call, which works on {tuple(first.shape)}")
+                raise ValueError(
+                    f"latents of shape {tuple(latents.shape)} do not fit this call, which works on {tuple(first.shape)}"
+                )
             state = latents.to(device=first.device, dtype=first.dtype)
             return (state, *prepared[1:]) if isinstance(prepared, tuple) else state
 

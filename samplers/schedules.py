@@ -75,8 +75,7 @@ class Window:
     def __post_init__(self) -> None:
         if self.size < 1 or self.low < 0 or self.every < 1:
             raise ValueError(
-                f"Window size={self.size}, low={self.low}, every={self.every}: "
-                "size and every must be at least 1, low at least 0."
+                f"Window size={self.size}, low={self.low}, every={self.every}: size and every must be at least 1, low at least 0."
             )
         if self.kind not in ("fixed", "random", "progressive"):
             raise ValueError(f"Window kind={self.kind!r} is unknown: use 'fixed', 'random' or 'progressive'.")
@@ -104,9 +103,7 @@ SCHEDULES = {"all_but_last": AllButLast, "fraction": Fraction, "window": Window}
 
 def _trainable(num_steps: int) -> int:
     if num_steps < 2:
-        raise ValueError(
-            f"num_steps={num_steps} leaves no step to train, as the last is deterministic: use at least 2."
-        )
+        raise ValueError(f"num_steps={num_steps} leaves no step to train, as the last is deterministic: use at least 2.")
     return num_steps - 1
 
 

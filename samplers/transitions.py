@@ -25,8 +25,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from flowrl.samplers.flow import Time, eps_from, expand
 from torch import Tensor
+
+from flowrl.samplers.flow import Time, eps_from, expand
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +104,10 @@ class Transition:
         return self.swap(*_times(t, t_next, t_max))[1]
 
     def velocity_jacobian(self, t: Time, t_next: Time, t_max: Time) -> Tensor:
-        """J = d mean / d v = -h - removed (1 - t), shaped like the times. A change dv of the velocity moves the mean by
+        """J = d mean / d v = -h - removed (1 - t), shaped like the times: () or (B,).
 
-        J dv, so KL = J^2 mean(dv^2) / (2 std^2), and d log_prob / d v = J z / (std D) at x' = mean + std z in D dims.
+        A change dv of the velocity moves the mean by J dv, so the KL between two policies is J^2 mean(dv^2) / (2 std^2),
+        and the gradient of log_prob in v at x' = mean + std z is J z / (std D) in D dims.
         """
         t, t_next, t_max = _times(t, t_next, t_max)
         removed, _ = self.swap(t, t_next, t_max)
@@ -167,9 +169,7 @@ class DanceSDE(Transition):
 
     def __post_init__(self) -> None:
         if not self.noise_level >= 0:
-            raise ValueError(
-                f"DanceSDE noise_level={self.noise_level} must not be negative: try 0.3, or 0 for the ODE."
-            )
+            raise ValueError(f"DanceSDE noise_level={self.noise_level} must not be negative: try 0.3, or 0 for the ODE.")
 
     @property
     def deterministic(self) -> bool:
@@ -196,9 +196,7 @@ class CPS(Transition):
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_level <= 1:
-            raise ValueError(
-                f"CPS noise_level={self.noise_level} must lie in [0, 1], 1 being all noise fresh: try 0.8."
-            )
+            raise ValueError(f"CPS noise_level={self.noise_level} must lie in [0, 1], 1 being all noise fresh: try 0.8.")
 
     @property
     def deterministic(self) -> bool:

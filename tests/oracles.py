@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from flowrl.samplers import ODE, Transition, t_max_of
 from torch import Tensor
+
+from flowrl.samplers import ODE, Transition, t_max_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +103,7 @@ def simulate(
     return x
 
 
-def propagate(
-    transition: Transition, data: Mixture, grid: Tensor, last_step: Transition | None = None
-) -> tuple[float, float]:
+def propagate(transition: Transition, data: Mixture, grid: Tensor, last_step: Transition | None = None) -> tuple[float, float]:
     """Mean and variance at the end of the grid for Gaussian data in one dim, without sampling.
 
     The velocity of Gaussian data is affine in x, hence so is every step's mean: x' = a + b x + s z gives

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
+
 from flowrl.samplers import CPS, DDIM, flow
 from flowrl.samplers.transitions import TRANSITIONS
-from oracles import gaussian, mixture
+from tests.oracles import gaussian, mixture
 
 
 def draw(*shape: int, seed: int = 0, n: int = 2) -> list[torch.Tensor]:
@@ -47,17 +48,17 @@ def test_score_is_the_gradient_of_the_log_density(t):
 
 def test_mixture_velocity_is_the_conditional_mean():
     """The oracle itself, against regression by counting: the mean of eps - x0 over draws that land near x at t."""
-    data, t, n = mixture([0.3, 0.7], [-1.0, 1.5], [0.4, 0.3]), 0.6, 2_000_000
+    data, t, n = mixture([0.3, 0.7], [-1.0, 1.5], [0.4, 0.3]), 0.6, 500_000
     x0 = data.sample(n, seed=1)
     eps = torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x = (1 - t) * x0 + t * eps
     for at in (-0.8, 0.0, 0.7):
-        near = ((x - at).abs() < 0.02).squeeze(1)
+        near = ((x - at).abs() < 0.03).squeeze(1)
         targets = (eps - x0)[near]
         error = targets.std() / near.sum() ** 0.5
         assert abs(targets.mean() - data.velocity(torch.tensor([[at]]), t)) < 4 * error + 0.01
-        density = near.double().mean() / 0.04
-        assert density == pytest.approx(data.log_prob(torch.tensor([[at]]), t).exp().item(), rel=0.03)
+        density = near.double().mean() / 0.06
+        assert density == pytest.approx(data.log_prob(torch.tensor([[at]]), t).exp().item(), rel=0.04)
 
 
 # -- times -------------------------------------------------------------------------------------------------------------

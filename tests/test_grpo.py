@@ -32,7 +32,7 @@ def make_step(transition=None, batch=2, seed=0, t=0.8, t_next=0.6):
     x, v, noise = torch.randn(batch, 3, 2), torch.randn(batch, 3, 2), torch.randn(batch, 3, 2)
     gaussian = transition.transition(x, v, t, t_next, 0.95)
     x_next = gaussian.sample(noise)
-    step = Step(x, x, x_next, t, t_next, 0.95, gaussian.log_prob(x_next), 1, transition)
+    step = Step(x, x_next, t, t_next, 0.95, gaussian.log_prob(x_next), 1, transition)
     return step, v, noise
 
 
@@ -46,7 +46,7 @@ def test_value_by_hand():
     transition = DanceSDE(1.0)
     x, x_next = torch.zeros(2, 1), torch.full((2, 1), 0.5)
     old = transition.transition(x, torch.zeros(2, 1), 0.5, 0.25, 0.9).log_prob(x_next)
-    step = Step(x, x, x_next, 0.5, 0.25, 0.9, old, 0, transition)
+    step = Step(x, x_next, 0.5, 0.25, 0.9, old, 0, transition)
     loss = GRPO(epsilon=0.2).loss(Fixed(torch.full((2, 1), -0.4)), step, torch.tensor([2.0, -2.0]))
     assert loss.metrics["ratio"].tolist() == pytest.approx([1.29046] * 2, abs=1e-5)
     assert loss.values.tolist() == pytest.approx([-2.4, 2 * 1.29046], abs=1e-4)
@@ -124,7 +124,7 @@ def test_step_weight_is_relative_noise():
 
 
 def test_divergences():
-    """velocity: mean dv^2. exact: J^2 mean dv^2 / (2 s^2). flow_grpo: the same times h. All 0 at the reference, all with gradient."""
+    """velocity: mean dv^2. exact: J^2 mean dv^2 / (2 s^2). flow_grpo: the same times h. All 0 at the reference, with gradient."""
     step, v, _ = make_step(FlowSDE(0.7))
     v_ref = v + 0.2
     h = step.t - step.t_next
@@ -157,12 +157,16 @@ def test_splitting_a_batch_changes_nothing():
     whole = GRPO(beta=0.1).loss(Fixed(v + 0.01, v), step, A).values
     parts = []
     for half in (slice(0, 2), slice(2, 4)):
-        part = Step(step.x[half], step.x[half], step.x_next[half], step.t, step.t_next, step.t_max, step.log_prob[half], 1, step.transition)
+        states = step.native[half], step.native_next[half]
+        part = Step(*states, step.t, step.t_next, step.t_max, step.log_prob[half], 1, step.transition)
         parts.append(GRPO(beta=0.1).loss(Fixed(v[half] + 0.01, v[half]), part, A[half]).values)
     assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"epsilon": 0}, "epsilon=0"), ({"beta": -1}, "beta=-1"), ({"kl": "rubbish"}, "choose one of velocity")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"epsilon": 0}, "epsilon=0"), ({"beta": -1}, "beta=-1"), ({"kl": "rubbish"}, "choose one of velocity")],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         GRPO(**options)

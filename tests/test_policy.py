@@ -242,7 +242,7 @@ def test_unservable_pipeline_is_refused_at_load():
 def test_models_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="embedded models: tiny-sd3"):
         resolve_model("tiny-sd4")
-    with pytest.raises(FileNotFoundError, match=r"no model_index.json"):
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
         resolve_model(tmp_path)
     tiny("sd3").save_pretrained(tmp_path / "m")
     for file in (tmp_path / "m" / "transformer").glob("*.safetensors"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+
 from flowrl.samplers import SCHEDULES, AllButLast, Fraction, Window, t_max_of, time_grid
 
 ALL = [
@@ -35,9 +36,7 @@ def test_all_but_last():
     assert AllButLast().steps(4, seed=0, update=7) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("fraction", "num_steps", "count"), [(0.6, 11, 6), (0.29, 101, 29), (0.99, 10, 9), (0.01, 10, 1)]
-)
+@pytest.mark.parametrize(("fraction", "num_steps", "count"), [(0.6, 11, 6), (0.29, 101, 29), (0.99, 10, 9), (0.01, 10, 1)])
 def test_fraction_counts_whole_steps(fraction, num_steps, count):
     """0.29 * 100 is 28.999999999999996 in floating point and still means 29 steps; 0.01 * 9 still trains one."""
     assert len(Fraction(fraction).steps(num_steps, seed=0, update=0)) == count

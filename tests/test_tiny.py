@@ -164,6 +164,7 @@ def test_noise_and_blobs_are_no_objects():
     specs = _of_kind("single_object", 64)
     assert tiny.verify(torch.rand(64, 3, 64, 64, generator=g), specs)[0].sum() == 0
     assert tiny.verify(torch.full((64, 3, 64, 64), float("nan")), specs)[0].sum() == 0
+    assert [d.shape for d in tiny.detect(torch.zeros(3, 64, 64))] == ["unknown"]  # and not a large black square
     bar = np.full((3, 64, 64), 0.94, np.float32)
     bar[:, 30:36, 10:50] = 0.08
     assert [d.shape for d in tiny.detect(bar)] == ["unknown"]

@@ -1,8 +1,8 @@
 """From rewards to advantages: group statistics, GDPO, abstaining rewards. Plain tensor functions.
 
 A reward of NaN abstains: it is left out of every mean, deviation and sum of its own reward, and never becomes 0.
-The deviation is the sample deviation (divisor n - 1). A group whose deviation is below `floor`, in reward units, has no signal: its
-advantages are 0, and it is counted in `frac_reward_zero_std`.
+The deviation is the sample deviation (divisor n - 1). A group whose deviation is below `floor`, in reward
+units, has no signal: its advantages are 0, and it is counted in `frac_reward_zero_std`.
 """
 
 from __future__ import annotations

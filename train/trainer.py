@@ -7,7 +7,7 @@ attributes that a DistributedDataParallel wrapper would hide.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import signal
 import time
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from flowrl import record
 from flowrl.batch import Prompt, Samples, Step, concatenate
-from flowrl.config import ConfigError, Plan, Recipe, build
+from flowrl.config import ConfigError, Plan, Recipe, build, unknown
 from flowrl.data import load_prompts, prompt_order, sample_seed
-from flowrl.evaluate import Evaluation, Protocol, evaluate
-from flowrl.policy import Policy
+from flowrl.evaluate import Protocol, evaluate
+from flowrl.policy import Policy, resolve_model
 from flowrl.reward_models.base import Reward, load_reward, score
-from flowrl.samplers import SCHEDULES, TRANSITIONS
+from flowrl.samplers import SCHEDULES, TRANSITIONS, Transition
 from flowrl.train import watch
-from flowrl.train.advantages import advantages, group_mean_std, zero_variance_share
+from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
 from flowrl.train.objectives import OBJECTIVES
 
 
@@ -56,30 +56,26 @@ class Trainer:
         from accelerate import Accelerator
 
         self.recipe = recipe
-        self.objective = build(recipe.objective, OBJECTIVES, "objective")
-        self.transition = build(recipe.transition, TRANSITIONS, "transition")
-        self.schedule = build(recipe.steps, SCHEDULES, "steps")
-        if self.objective.needs.trajectory and self.transition.deterministic:
-            raise ConfigError(f"{recipe.objective['name']} needs a stochastic sampler, {self.transition} is deterministic: choose flow_sde, cps, dance_sde or ddim with noise")
-        try:
-            trained = self.schedule.steps(recipe.num_inference_steps, recipe.seed, 0)
-        except ValueError as error:
-            raise ConfigError(f"steps: {error}") from None
+        self.objective, self.transition, self.schedule, trained = parts(recipe)
         self.prompts = load_prompts(prompts if prompts is not None else recipe.prompts)
         self.eval_prompts = load_prompts(recipe.eval_prompts) if recipe.eval_prompts else []
         self.rewards, self.weights = _rewards(rewards if rewards is not None else recipe.rewards, recipe)
-        self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe)[0]}
+        self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards")[0]}
         if recipe.prompts_per_step > len(self.prompts):
-            raise ConfigError(f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of {recipe.prompts}")
+            raise ConfigError(
+                f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of {recipe.prompts}"
+            )
 
         self.folder = Path(recipe.output_dir)
-        self.accelerator = Accelerator(log_with=_trackers(recipe), project_dir=self.folder / "tracker")
+        self.accelerator = Accelerator(log_with=_trackers(recipe) or None, project_dir=self.folder / "tracker")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.plan = Plan(recipe, self.world, len(trained)).check()
         self.checkpoint = record.find_checkpoint(recipe)
         self.changed = record.check_resumable(self.checkpoint, recipe) if self.checkpoint else []
+        if policy is None:
+            resolve_model(recipe.model)
         if self.is_main:
-            record.prepare_folder(self.folder, recipe, resuming=self.checkpoint is not None)
+            record.prepare_folder(self.folder, self.checkpoint)
 
         self.policy = policy or Policy.load(
             recipe.model,
@@ -89,11 +85,17 @@ class Trainer:
             device=self.accelerator.device,
             attention_backend=recipe.attention_backend,
         )
+        for name in recipe.call_arguments():
+            if name not in self.policy._parameters:
+                raise ConfigError(unknown(f"argument of {self.policy.name}", name, self.policy._parameters))
         self.policy.call.update(recipe.call_arguments())
         self._make_trainable()
         parameters = self.policy.trainable()
         self.optimizer = torch.optim.AdamW(
-            parameters.values(), lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2), weight_decay=recipe.weight_decay
+            parameters.values(),
+            lr=recipe.learning_rate,
+            betas=(recipe.adam_beta1, recipe.adam_beta2),
+            weight_decay=recipe.weight_decay,
         )
         self.policy.snapshot("ema")
         if self.objective.needs.old:
@@ -102,8 +104,8 @@ class Trainer:
         if self.checkpoint:
             self.progress = record.load_checkpoint(self.checkpoint, self.policy, self.optimizer)
         self.hooks = list(hooks)
-        self.base_evaluation: Evaluation | None = None
-        self._stop = False
+        self.finished = False  # whether train() came to its end, and not to Ctrl-C
+        self._interrupts = 0
 
     # ------------------------------------------------------------------------------------------------ properties
 
@@ -134,11 +136,19 @@ class Trainer:
 
         recipe, progress = self.recipe, self.progress
         self._announce()
+        if self.is_main:
+            record.write_facts(self.folder, recipe)
         metrics_file = record.Metrics(self.folder / "metrics.jsonl", progress.step) if self.is_main else None
         self.accelerator.init_trackers("flowrl")
-        bar = tqdm(total=recipe.max_steps, initial=progress.step, desc=recipe.objective["name"], unit="step", disable=not self.is_main)
+        bar = tqdm(
+            total=recipe.max_steps,
+            initial=progress.step,
+            desc=recipe.objective["name"],
+            unit="step",
+            disable=not self.is_main,
+        )
         started, before = time.monotonic(), progress.seconds
-        with self._interruptible():
+        with self._interruptible(), bar:
             while progress.step < recipe.max_steps and not self._should_stop(progress.seconds):
                 metrics = self.step()
                 progress.seconds = before + time.monotonic() - started
@@ -153,14 +163,17 @@ class Trainer:
                     hook(self, progress.step, metrics)
                 if recipe.checkpointing_steps and progress.step % recipe.checkpointing_steps == 0:
                     self.save_checkpoint()
-        bar.close()
-        finished = progress.step >= recipe.max_steps or not self._stop
-        if not recipe.checkpointing_steps or progress.step % recipe.checkpointing_steps:
-            self.save_checkpoint()
-        if finished:
-            self.save()
-        elif self.is_main:
-            print(f"Stopped after step {progress.step}. Go on with: resume_from_checkpoint=latest output_dir={self.folder}")
+            self.finished |= progress.step >= recipe.max_steps
+            bar.close()
+            if not recipe.checkpointing_steps or progress.step % recipe.checkpointing_steps:
+                self.save_checkpoint()
+            if self.finished:
+                self.save()
+            elif self.is_main:
+                print(
+                    f"Stopped after step {progress.step}. "
+                    f"Go on with: flowrl train {self.folder}/recipe.yaml resume_from_checkpoint=latest"
+                )
         self.accelerator.end_training()
         return self.folder
 
@@ -172,6 +185,7 @@ class Trainer:
         for batch in batches:
             batch.images = self.policy.decode(batch, batch_size=len(batch))
         samples = concatenate(batches)
+        watch.check_pictures(samples, self.progress.step + 1)
         clock.lap("decode_time")
         scores = score(self.rewards, samples)
         clock.lap("score_time")
@@ -182,7 +196,11 @@ class Trainer:
         clock.lap("update_time")
         self.progress.step += 1
         self.progress.images += self.plan.images_per_step
-        if self.is_main and self.recipe.samples_steps and (self.progress.step % self.recipe.samples_steps == 0 or self.progress.step == 1):
+        if (
+            self.is_main
+            and self.recipe.samples_steps
+            and (self.progress.step % self.recipe.samples_steps == 0 or self.progress.step == 1)
+        ):
             record.write_samples(self.folder, self.progress.step, samples, scores, list(self.rewards), advantage)
         return {**metrics, "images": float(self.progress.images), **clock.laps, "step_time": sum(clock.laps.values())}
 
@@ -217,18 +235,23 @@ class Trainer:
 
     def advantages(self, scores: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Advantages (N,) of this process's samples, computed over all processes, and the rewards' metrics."""
-        everything = self.accelerator.gather(torch.cat([scores.double(), group.double()[:, None]], 1).to(self.accelerator.device)).cpu()
-        groups = self.accelerator.gather(group.to(self.accelerator.device)).cpu()  # int64 all the way: floats would merge large ids
-        rewards = everything[:, :-1]
+        rewards = self.accelerator.gather(scores.to(self.accelerator.device)).cpu()
+        groups = self.accelerator.gather(group.to(self.accelerator.device)).cpu()  # int64: floats would merge large ids
         for k, name in enumerate(self.rewards):
             if rewards[:, k].isnan().all():
-                raise watch.CheckFailed(f"reward {name!r} abstained (NaN) on every sample of step {self.progress.step + 1}: does it fit these prompts?")
+                raise watch.CheckFailed(
+                    f"reward {name!r} abstained (NaN) on every sample of step {self.progress.step + 1}: "
+                    "does it fit these prompts?"
+                )
         weights = torch.tensor([self.weights[name] for name in self.rewards])
         all_advantages = advantages(rewards, groups, weights, self.recipe.aggregation, self.recipe.scale_rewards)
         count = len(group)
-        total = (rewards.nan_to_num(0.0) * weights).sum(1)
         _, std, _ = group_mean_std(rewards, groups)
-        metrics = {"reward": float(total.mean()), "reward_std": float(std.nanmean()), "frac_reward_zero_std": zero_variance_share(rewards, groups)}
+        metrics = {
+            "reward": float(weighted_sum(rewards, weights).nanmean()),
+            "reward_std": float(std.nanmean()),
+            "frac_reward_zero_std": zero_variance_share(rewards, groups),
+        }
         for k, name in enumerate(self.rewards):
             metrics[f"rewards/{name}/mean"] = float(rewards[:, k].nanmean())
             metrics[f"rewards/{name}/std"] = float(std[:, k].mean())
@@ -246,7 +269,11 @@ class Trainer:
             for j in part:
                 self.backward(batches[j], split[j], gathered)
             norms.append(self.apply())
-        return {**gathered.means(self.accelerator), "grad_norm": sum(norms) / len(norms), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return {
+            **gathered.means(self.accelerator),
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
 
     def backward(self, batch: Samples, advantage: Tensor, gathered: _Metrics) -> None:
         """Add the gradient of one batch: the objective's mean over all samples of the update and all trained steps."""
@@ -262,15 +289,18 @@ class Trainer:
 
     def apply(self) -> float:
         """Sum gradients over processes, clip, step, average. Returns the gradient's norm."""
-        parameters = [p for p in self.policy.trainable().values()]
+        parameters = list(self.policy.trainable().values())
         if self.world > 1:
-            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
-            flat = self.accelerator.reduce(flat, "sum")
-            for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad = grad.view_as(p)
+            has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+            flat = torch.cat([has, *((p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters)])
+            has, *gradients = self.accelerator.reduce(flat, "sum").split([len(parameters), *(p.numel() for p in parameters)])
+            for p, anywhere, gradient in zip(parameters, has, gradients, strict=True):
+                p.grad = gradient.view_as(p) if anywhere else None  # without a gradient AdamW leaves a weight alone
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
         if not norm.isfinite():
-            raise watch.CheckFailed(f"the gradient of update {self.progress.updates + 1} is not finite: lower learning_rate or use autocast=bfloat16")
+            raise watch.CheckFailed(
+                f"the gradient of update {self.progress.updates + 1} is not finite: lower learning_rate or use autocast=bfloat16"
+            )
         warmup = self.recipe.lr_warmup_steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * (min(1.0, (self.progress.updates + 1) / warmup) if warmup else 1.0)
@@ -284,51 +314,73 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ around the loop
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out scores of the averaged weights, on the main process; the base model is scored once, for the difference."""
+        """Held-out scores of the averaged weights, on the main process."""
         if not self.is_main:
             return {}
         recipe = self.recipe
         call = {k: v for k, v in recipe.call_arguments().items() if k not in ("num_inference_steps", "guidance_scale")}
-        protocol = Protocol(recipe.eval_prompts or "", recipe.eval_num_inference_steps, recipe.guidance_scale, recipe.eval_seeds, call=call)
+        protocol = Protocol(
+            recipe.eval_prompts or "",
+            recipe.eval_num_inference_steps,
+            recipe.guidance_scale,
+            recipe.eval_seeds,
+            call=call,
+        )
         result = evaluate(self.policy, self.eval_prompts, self.eval_rewards, protocol, name="ema", weights="ema")
         return {f"eval/{name}": result.mean(name) for name in self.eval_rewards}
 
     def save_checkpoint(self) -> None:
         if self.is_main:
-            record.save_checkpoint(self.folder, self.policy, self.optimizer, self.recipe, self.progress, self.recipe.checkpoints_total_limit)
+            record.save_checkpoint(
+                self.folder,
+                self.policy,
+                self.optimizer,
+                self.recipe,
+                self.progress,
+                self.recipe.checkpoints_total_limit,
+            )
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
         """The result: averaged weights and a model card."""
         if self.is_main:
-            record.save_weights(self.policy, self.folder, "ema")
+            record.save_result(self.policy, self.folder)
             record.write_model_card(self.folder, self.policy, self.recipe, self.progress)
 
     def _announce(self) -> None:
         if not self.is_main:
             return
         trainable = sum(p.numel() for p in self.policy.trainable().values())
-        rows = [*self.plan.table(), ("trainable weights", f"{trainable:,} ({self.recipe.train})"), ("output", str(self.folder))]
+        rows = [
+            *self.plan.table(),
+            ("trainable weights", f"{trainable:,} ({self.recipe.train})"),
+            ("output", str(self.folder)),
+        ]
         width = max(len(name) for name, _ in rows)
         print("\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows), flush=True)
         if self.checkpoint:
-            print(f"  resuming from {self.checkpoint}" + "".join(f"\n    changed: {change}" for change in self.changed), flush=True)
+            print(
+                f"  resuming from {self.checkpoint}" + "".join(f"\n    changed: {change}" for change in self.changed),
+                flush=True,
+            )
 
     def _should_stop(self, seconds: float) -> bool:
+        """Sets `finished`, too: an interrupted run is not. All processes agree, though only one may have been interrupted."""
         limit = self.recipe.max_minutes
-        stop = self._stop or (limit is not None and seconds >= limit * 60)
-        if self.world > 1:  # all processes must agree
-            stop = bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device), "sum") > 0)
-        return stop
+        late = limit is not None and seconds >= limit * 60
+        flags = torch.tensor([float(self._interrupts > 0), float(late)], device=self.accelerator.device)
+        interrupted, late = (self.accelerator.reduce(flags, "sum") if self.world > 1 else flags).tolist()
+        self.finished = not interrupted
+        return bool(interrupted or late)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
         """Ctrl-C finishes the step and saves; a second one stops at once."""
 
         def on_interrupt(signum: int, frame: Any) -> None:
-            if self._stop:
+            self._interrupts += 1
+            if self._interrupts > 1:
                 raise KeyboardInterrupt
-            self._stop = True
             if self.is_main:
                 print("\nFinishing this step, then saving (Ctrl-C again stops at once, without saving).", flush=True)
 
@@ -390,7 +442,8 @@ class _Metrics:
 
 class _Clock:
     def __init__(self) -> None:
-        self.last, self.laps = time.monotonic(), {}
+        self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         if torch.cuda.is_available():
@@ -399,7 +452,23 @@ class _Clock:
         self.laps[name], self.last = now - self.last, now
 
 
-def _rewards(section: dict[str, Any], recipe: Recipe) -> tuple[dict[str, Reward], dict[str, float]]:
+def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
+    """Objective, transition and schedule of a recipe, and the steps of its first rollout. Raises ConfigError."""
+    objective = build(recipe.objective, OBJECTIVES, "objective")
+    transition = build(recipe.transition, TRANSITIONS, "transition")
+    schedule = build(recipe.steps, SCHEDULES, "steps")
+    if objective.needs.trajectory and transition.deterministic:
+        raise ConfigError(
+            f"{recipe.objective['name']} needs a stochastic sampler, {transition} is deterministic: "
+            "choose flow_sde, cps, dance_sde or ddim, with noise"
+        )
+    try:
+        return objective, transition, schedule, schedule.steps(recipe.num_inference_steps, recipe.seed, 0)
+    except ValueError as error:
+        raise ConfigError(f"steps: {error}") from None
+
+
+def _rewards(section: dict[str, Any], recipe: Recipe, where: str = "rewards") -> tuple[dict[str, Reward], dict[str, float]]:
     """Rewards and weights of a recipe section {name: weight} or {name: {weight: ..., option: ...}}, or of given objects."""
     rewards, weights = {}, {}
     for name, value in section.items():
@@ -413,22 +482,38 @@ def _rewards(section: dict[str, Any], recipe: Recipe) -> tuple[dict[str, Reward]
                 weights[name] = float(options.pop("weight", 1.0))
                 rewards[name] = load_reward(name, **options)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"rewards.{name}: {error}") from None
+            raise ConfigError(f"{where}.{name}: {error}") from None
+        if not math.isfinite(weights[name]):
+            raise ConfigError(f"{where}.{name}: the weight {weights[name]} is not a finite number")
     return rewards, weights
 
 
 def _trackers(recipe: Recipe) -> list[str]:
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
     names = [name.strip() for name in recipe.report_to.split(",") if name.strip() not in ("", "none")]
     for name in names:
         if name not in [kind.value for kind in LoggerType]:
-            raise ConfigError(f"report_to={name!r}: choose among {', '.join(kind.value for kind in LoggerType if kind.value != 'all')}, none")
+            raise ConfigError(
+                f"report_to={name!r}: choose among {', '.join(kind.value for kind in LoggerType if kind.value != 'all')}, none"
+            )
+        if name not in ("all", *map(str, get_available_trackers())):
+            raise ConfigError(
+                f"report_to={name!r} is not installed; installed are {', '.join(map(str, get_available_trackers()))}"
+            )
     return names
 
 
 def _postfix(metrics: dict[str, float]) -> str:
-    shown = {"reward": "reward", "eval/tiny_strict": "eval", "clip_ratio": "clip", "frac_reward_zero_std": "flat", "grad_norm": "grad", "step_time": "s"}
+    shown = {
+        "reward": "reward",
+        "eval/tiny_strict": "eval",
+        "clip_ratio": "clip",
+        "frac_reward_zero_std": "flat",
+        "grad_norm": "grad",
+        "step_time": "s",
+    }
     return "  ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics)
 
 
@@ -437,6 +522,3 @@ def set_threads() -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-
-
-__all__ = ["Trainer", "json"]

@@ -32,12 +32,27 @@ def check_groups(batches: list[Samples], num_generations: int) -> None:
     group = torch.cat([batch.group for batch in batches])
     ids, counts = group.unique(return_counts=True)
     if not bool((counts == num_generations).all()):
-        raise CheckFailed(f"group {int(ids[counts != num_generations][0])} has {int(counts[counts != num_generations][0])} of {num_generations} samples: a group crossed a process")
+        raise CheckFailed(
+            f"group {int(ids[counts != num_generations][0])} has {int(counts[counts != num_generations][0])} of "
+            f"{num_generations} samples: a group crossed a process"
+        )
     latents = torch.cat([batch.latents.flatten(1) for batch in batches])
     for i in ids[:2]:
         members = latents[group == i]
         if bool((members[0] == members[1:]).all()):
             raise CheckFailed(f"all samples of group {int(i)} are identical: the sampler draws no noise")
+
+
+def check_pictures(samples: Samples, step: int) -> None:
+    """Every decoded picture is finite: a reward would answer NaN to the others, which means that it abstains. Every step."""
+    assert samples.images is not None
+    broken = [i for i, image in enumerate(samples.images) if not bool(image.isfinite().all())]
+    if broken:
+        raise CheckFailed(
+            f"{len(broken)} of the {len(samples)} pictures of step {step} are not finite, first for "
+            f"{samples.texts[broken[0]]!r}: the weights have diverged (lower learning_rate), "
+            "or the type cannot hold the model's values (try bfloat16 or float32)"
+        )
 
 
 def check_rewards(scores: Tensor, names: list[str]) -> None:
@@ -47,7 +62,10 @@ def check_rewards(scores: Tensor, names: list[str]) -> None:
         if len(values) == 0:
             raise CheckFailed(f"reward {name!r} abstained (NaN) on every sample: does it fit these prompts?")
         if len(values) > 1 and float(values.max() - values.min()) == 0:
-            raise CheckFailed(f"reward {name!r} gave {float(values[0]):.4g} to all {len(values)} samples of the first rollout: it cannot teach anything")
+            raise CheckFailed(
+                f"reward {name!r} gave {float(values[0]):.4g} to all {len(values)} samples of the first rollout: "
+                "it cannot teach anything"
+            )
 
 
 def check_steps(batch: Samples, num_inference_steps: int) -> None:
@@ -70,15 +88,19 @@ def check_replay(trainer: Trainer, batch: Samples) -> None:
             worst = float((ratio - 1).abs().max())
             if worst > (0 if exact else 1e-5):
                 raise CheckFailed(
-                    f"replaying step {step.index} gives a ratio {worst:.2g} away from 1 before any update: rollout and update do not compute the same "
-                    "(other batch size, attention backend, dropout, or a pipeline that draws its conditioning at random?)"
+                    f"replaying step {step.index} gives a ratio {worst:.2g} away from 1 before any update: "
+                    "rollout and update do not compute the same (other batch size, attention backend, dropout, "
+                    "or a pipeline that draws its conditioning at random?)"
                 )
         if trainer.objective.needs.reference and trainer.recipe.lora is None:
             with policy.using("reference"):
                 reference = policy.velocity(batch.texts, batch.steps[0])
             kl = float((policy.velocity(batch.texts, batch.steps[0]) - reference).abs().max())
             if kl > 1e-5:
-                raise CheckFailed(f"the reference's velocity differs from the policy's by {kl:.2g} before any update: the KL does not start at 0")
+                raise CheckFailed(
+                    f"the reference's velocity differs from the policy's by {kl:.2g} before any update: "
+                    "the KL does not start at 0"
+                )
 
 
 def check_gradient(trainer: Trainer, batch: Samples) -> None:
@@ -100,7 +122,10 @@ def check_gradient(trainer: Trainer, batch: Samples) -> None:
         raise CheckFailed("no trainable parameter receives a gradient: are they part of the denoiser that the pipeline calls?")
     if not finite:
         backend = trainer.recipe.attention_backend
-        raise CheckFailed("the test gradient is not finite" + (f": attention_backend={backend} may lack a correct backward, try native" if backend else ""))
+        raise CheckFailed(
+            "the test gradient is not finite"
+            + (f": attention_backend={backend} may lack a correct backward, try native" if backend else "")
+        )
 
 
 def check_weights_matter(trainer: Trainer, batch: Samples) -> None:

@@ -21,7 +21,7 @@ class Needs:
 
 
 class Predict(Protocol):
-    """The denoiser behind a pipeline, as an objective sees it: guidance, adapters, autocast and prompts are the loop's business."""
+    """The denoiser behind a pipeline, as an objective sees it; guidance, adapters, autocast and prompts are the loop's."""
 
     def __call__(self, step: Step) -> Tensor:
         """The policy's velocity at a recorded step, (B, ...), with graph."""

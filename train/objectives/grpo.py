@@ -22,12 +22,18 @@ from flowrl.train.objectives.base import Needs, Predict, check_choice, check_pos
 class GRPO:
     """Options of Flow-GRPO. With a Window schedule it is Flow-GRPO-Fast, with CPS it is Flow-CPS."""
 
-    epsilon: float = 1e-4  #: Clip range of the ratio. 1e-5 with log_prob=squared_error, 1e-4 for Flow-SDE, 1e-3 for video.
-    advantage_clip: float = 5.0  #: Advantages are clipped to this magnitude.
-    beta: float = 0.0  #: Weight of the KL to the reference. 0 needs no reference pass; 0.001 to 0.04 holds the model back.
-    kl: Literal["velocity", "exact", "flow_grpo"] = "velocity"  #: velocity: mean (v - v_ref)^2; exact: Gaussian KL of the step; flow_grpo: the same times h, as its code has it.
-    log_prob: Literal["gaussian", "squared_error"] = "gaussian"  #: squared_error: -mean (x' - mean)^2, as Flow-CPS' code has it: each step's gradient times 2 std^2.
-    step_weight: Literal["none", "std"] = "none"  #: std: weigh a step by its noise (TempFlow-GRPO, eq. 8), mean 1 over the trained steps.
+    #: Clip range of the ratio. 1e-4 for Flow-SDE, 1e-5 with log_prob=squared_error, 1e-3 for video.
+    epsilon: float = 1e-4
+    #: Advantages are clipped to this magnitude.
+    advantage_clip: float = 5.0
+    #: Weight of the KL to the reference. 0 needs no reference pass; 0.001 to 0.04 holds the model back.
+    beta: float = 0.0
+    #: velocity: mean (v - v_ref)^2. exact: the Gaussian KL of the step. flow_grpo: that times h, as its code has it.
+    kl: Literal["velocity", "exact", "flow_grpo"] = "velocity"
+    #: squared_error: -mean (x' - mean)^2, as Flow-CPS' code has it, which scales each step's gradient by 2 std^2.
+    log_prob: Literal["gaussian", "squared_error"] = "gaussian"
+    #: std: weigh a step by its noise (TempFlow-GRPO, eq. 8), with mean 1 over the trained steps.
+    step_weight: Literal["none", "std"] = "none"
 
     def __post_init__(self) -> None:
         check_positive(self, "epsilon", "advantage_clip")

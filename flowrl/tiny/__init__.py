@@ -1,0 +1,70 @@
+"""The embedded world: captions, scenes, an exact verifier, and a real Stable Diffusion 3 pipeline of thumbnail size.
+
+>>> from flowrl.tiny import model_path, split, verify
+>>> from diffusers import StableDiffusion3Pipeline
+>>> pipe = StableDiffusion3Pipeline.from_pretrained(model_path())
+
+`python -m flowrl.tiny.build --help` says how the model was made. Importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from .render import render, render_batch
+from .scenes import (
+    COLORS,
+    KINDS,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    Object,
+    Scene,
+    Spec,
+    all_specs,
+    random_spec,
+    sample_scene,
+    split,
+)
+from .verify import Detection, detect, detect_batch, verify
+
+__all__ = [
+    "COLORS",
+    "KINDS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZE",
+    "Detection",
+    "Object",
+    "Scene",
+    "Spec",
+    "all_specs",
+    "detect",
+    "detect_batch",
+    "model_path",
+    "prompts_path",
+    "random_spec",
+    "render",
+    "render_batch",
+    "sample_scene",
+    "split",
+    "verify",
+]
+
+
+def _asset(*parts: str) -> Path:
+    path = Path(str(files("flowrl.assets"))).joinpath(*parts)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; `python -m flowrl.tiny.build` makes it")
+    return path
+
+
+def model_path() -> Path:
+    """Folder of the shipped pipeline; its flowrl.json holds the call arguments it was trained for."""
+    return _asset("tiny-sd3")
+
+
+def prompts_path(split: str = "train") -> Path:
+    """File of the specs of "train" or "test", one JSON object per line, the caption under "prompt"."""
+    return _asset("prompts", f"tiny-{split}.jsonl")

@@ -1,0 +1,148 @@
+"""What a scorer may be, and what happens when it breaks its contract."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from flowrl.batch import Prompt, Samples
+from flowrl.reward_models import REWARDS
+from flowrl.reward_models.base import FunctionReward, RewardError, as_scores, load_reward, score
+
+
+def samples(n: int = 3, *columns: dict, frames: int | None = None) -> Samples:
+    shape = (n, 3, 4, 4) if frames is None else (n, frames, 3, 4, 4)
+    images = torch.linspace(0, 1, n).reshape(n, *[1] * (len(shape) - 1)).expand(shape)
+    prompts = [Prompt(f"prompt {i}", columns[i] if columns else {}) for i in range(n)]
+    return Samples(prompts, list(range(n)), torch.zeros(n, dtype=torch.int64), images, images)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0, 0.5, 1], (0, 0.5, True), np.array([0, 0.5, 1]), torch.tensor([0, 0.5, 1]), iter([0, 0.5, 1])],
+)
+def test_any_sequence_of_numbers_is_a_score(values):
+    scores = as_scores(values, 3, "r")
+    assert torch.equal(scores, torch.tensor([0.0, 0.5, 1.0])) and scores.dtype == torch.float32
+
+
+def test_none_abstains():
+    assert as_scores([1, None, 2], 3, "r").isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, 2.0], r"reward 'r' returned values of shape \(2,\) for 3 samples"),
+        (torch.zeros(3, 1), r"reward 'r' returned values of shape \(3, 1\) for 3 samples"),
+        (0.5, "reward 'r' returned float instead of one number"),
+        (None, "reward 'r' returned NoneType instead of one number"),
+        (["good", "bad", "ugly"], "reward 'r' returned list instead of one number"),
+        ({"scores": [1, 2, 3]}, "reward 'r' returned dict instead of one number"),
+        ([0.0, float("inf"), 1.0], "reward 'r' returned infinity for sample 1"),
+    ],
+)
+def test_broken_answers_name_the_reward(values, message):
+    with pytest.raises(RewardError, match=message):
+        as_scores(values, 3, "r")
+
+
+def test_a_function_gets_the_columns_that_it_names():
+    seen = {}
+
+    def some(images, prompts, target):
+        seen["some"] = (tuple(images.shape), prompts, target)
+        return [0] * len(prompts)
+
+    def everything(images, prompts, **columns):
+        seen["everything"] = columns
+        return [0] * len(prompts)
+
+    batch = samples(2, {"target": "A", "n": 1}, {"n": 2})
+    score({"some": FunctionReward(some), "everything": FunctionReward(everything)}, batch)
+    assert seen["some"] == ((2, 3, 4, 4), ["prompt 0", "prompt 1"], ["A", None])
+    assert seen["everything"] == {"target": ["A", None], "n": [1, 2]}
+
+
+def test_pil_pictures_and_clips():
+    """A function with `pil = True` gets PIL pictures; a clip is a list of them; 1.0 is 255."""
+    seen = []
+
+    def look(images, prompts):
+        seen.extend(images)
+        return [0] * len(prompts)
+
+    look.pil = True
+    load_reward(look)(samples(2))
+    load_reward(look)(samples(2, frames=5))
+    assert [image.getpixel((0, 0)) for image in seen[:2]] == [(0, 0, 0), (255, 255, 255)]
+    assert [len(clip) for clip in seen[2:]] == [5, 5] and seen[2][0].size == (4, 4)
+
+
+def test_columns_of_the_table_follow_the_order_of_the_rewards():
+    table = score({"b": lambda s: torch.ones(3), "a": lambda s: [None, 0, 0]}, samples())
+    assert table.shape == (3, 2) and table[:, 0].tolist() == [1, 1, 1] and table[0, 1].isnan()
+    assert score({}, samples()).shape == (3, 0)
+
+
+def test_what_a_scorer_raises_is_named():
+    """Functions and reward objects alike; the cause is kept for a traceback."""
+
+    def broken(images, prompts):
+        raise KeyError("weights")
+
+    for reward in (FunctionReward(broken), lambda samples: broken(None, None)):
+        with pytest.raises(RewardError, match="reward 'mine' raised KeyError: 'weights'") as error:
+            score({"mine": reward}, samples())
+        assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_rewards_by_name_path_and_object(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(
+        "def half(images, prompts):\n    return [0.5] * len(prompts)\n"
+        "class Level:\n"
+        "    name = 'level'\n"
+        "    def __init__(self, level=1.0):\n        self.level = level\n"
+        "    def __call__(self, samples):\n        return [self.level] * len(samples)\n"
+        "constant = 3\n"
+    )
+    (tmp_path / "broken_rewards.py").write_text("import nothing_like_this\n")
+    (tmp_path / "worse_rewards.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_reward("brightness").name == "brightness"
+    assert load_reward("own_rewards.half").name == "half"
+    assert load_reward("own_rewards:half")(samples()).tolist() == [0.5] * 3
+    assert load_reward("own_rewards.Level", level=0.25)(samples()) == [0.25] * 3
+    own = load_reward("own_rewards.Level")
+    assert load_reward(own) is own
+    for spec, options, message in [
+        ("brightnes", {}, r"unknown reward 'brightnes'; did you mean brightness\?"),
+        ("zzz", {}, f"unknown reward 'zzz'; known are {', '.join(REWARDS)}"),
+        ("own_rewards.haf", {}, "own_rewards has no function or class haf"),
+        ("own_rewards.constant", {}, "own_rewards has no function or class constant"),
+        ("own_rewards.half", {"level": 1}, "is a function and has no options, but got level"),
+        ("own_rewards.Level", {"levl": 1}, "reward 'own_rewards.Level'.*levl"),
+        ("no_module_here.f", {}, "cannot import no_module_here"),
+        ("broken_rewards.f", {}, "cannot import broken_rewards .*nothing_like_this"),
+        ("worse_rewards.f", {}, r"cannot import worse_rewards \(ZeroDivisionError"),
+        ("tiny_strict", {"modus": 1}, "reward 'tiny_strict'.*modus"),
+        (".f", {}, "unknown reward"),
+        ("..f", {}, "cannot import"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_reward(spec, **options)
+    assert "own_rewards" in sys.modules
+
+
+def test_rewards_without_a_model():
+    """brightness is the mean of all pixels; a flat picture is a smaller JPEG than noise."""
+    assert load_reward("brightness")(samples(3)).tolist() == [0.0, 0.5, 1.0]
+    flat = samples(1)
+    flat.images = torch.full((1, 3, 32, 32), 0.5)
+    noise = samples(1)
+    noise.images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    jpeg = load_reward("jpeg_size")
+    assert float(jpeg(noise)) < float(jpeg(flat)) < 0
