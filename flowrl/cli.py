@@ -291,7 +291,7 @@ def run_gallery(arguments: argparse.Namespace) -> int:
     if len(results) == 1:
         tables = [Table(base.model, *score_rows(base))]
     shared = base.protocol
-    subtitle = f"{len(base.prompts)} prompts of {shared.prompts}, {shared.seeds} seed(s) each, {shared.num_inference_steps} ODE steps"
+    subtitle = f"{len(base.prompts)} {shared.prompts} prompts, {shared.seeds} seeds, {shared.num_inference_steps} ODE steps"
     page = write_gallery(arguments.out, cells, title=arguments.title, subtitle=subtitle, tables=tables)
     print(f"{page}")
     return 0

@@ -44,8 +44,10 @@ class Recipe:
     lora_rank: int = option(32, "Rank of the LoRA.")
     lora_alpha: float | None = option(None, "LoRA scale; twice the rank by default.")
     lora_targets: list[str] | None = option(None, "Module name endings that get a LoRA; the attention projections by default.")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Storage type of the frozen weights.")
-    autocast: Literal["bfloat16", "float16"] | None = option(None, "Run the denoiser under autocast with this type.")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "Storage type of the weights; bfloat16 for a frozen base under a LoRA (whose own weights stay fp32)."
+    )
+    autocast: Literal["bfloat16"] | None = option(None, "Run the denoiser under autocast with this type.")
     attention_backend: str | None = option(
         None, "One of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike."
     )
@@ -152,6 +154,10 @@ class Recipe:
         if self.num_inference_steps < 2:
             raise ConfigError(
                 "num_inference_steps=1: the last step is deterministic, so there is nothing to train; use at least 2"
+            )
+        if self.train == "full" and self.dtype != "float32":
+            raise ConfigError(
+                "train=full updates the weights themselves, which bfloat16 rounds; use dtype=float32 autocast=bfloat16"
             )
         if not self.rewards:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")

@@ -60,7 +60,6 @@ class Policy:
         self.has_lora = False
         self.snapshots: dict[str, dict[str, Tensor]] = {}
         self.wearing = "policy"
-        self.model_calls = 0  # denoiser calls so far (samples x steps), for accounting
         self._memo = _PromptMemo(pipe)
 
     @classmethod
@@ -77,7 +76,7 @@ class Policy:
     ) -> Policy:
         """Load a pipeline directory, a hub id or an embedded model ("tiny-sd3"), and optionally a LoRA folder on top.
 
-        dtype: of the weights. autocast: "bfloat16" or "float16" runs the denoiser under autocast. `call` overrides the
+        dtype: of the weights. autocast: "bfloat16" runs the denoiser under autocast. `call` overrides the
         model's own call defaults (its `flowrl.json`, where there is one). Raises `FileNotFoundError` with the cause.
         """
         from diffusers import DiffusionPipeline
@@ -100,17 +99,11 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.denoisers.values())).parameters().__next__().device
+        return next(next(iter(self.denoisers.values())).parameters()).device
 
     @property
     def name(self) -> str:
         return type(self.pipe).__name__
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether a call runs the denoiser twice (classifier-free guidance)."""
-        true_cfg, guidance = self.call.get("true_cfg_scale"), self.call.get("guidance_scale")
-        return (true_cfg or guidance or 1.0) > 1 if "true_cfg_scale" in self._parameters else (guidance or 1.0) > 1
 
     @property
     def _parameters(self) -> Any:
@@ -316,7 +309,6 @@ class Policy:
         drive = Decode(self.pipe)
         with torch.no_grad():
             self._run([""], drive, generator=_generators([0]), output_type="latent", **call)
-        assert drive.grid is not None
         return drive.grid
 
     def _run(self, prompts: Sequence[str], drive: Any, latents: Tensor | None = None, autocast: bool = True, **call: Any) -> Any:

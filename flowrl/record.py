@@ -50,7 +50,8 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
         raise ConfigError(f"output_dir {folder} is a file")
     going_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if not going_on and (folder / "metrics.jsonl").exists():
-        raise ConfigError(f"output_dir {folder} holds a run already; choose another, or go on with resume_from_checkpoint=latest")
+        rest = "go on with resume_from_checkpoint=latest" if checkpoints(folder) else "remove it: it has no checkpoint"
+        raise ConfigError(f"output_dir {folder} holds a run already; choose another, or {rest}")
     if checkpoint is not None and going_on and (newest := checkpoints(folder)[-1]).name != checkpoint.resolve().name:
         raise ConfigError(
             f"output_dir {folder} holds {newest.name}, which is later than {checkpoint.name}: "

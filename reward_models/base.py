@@ -39,7 +39,7 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", type(function).__name__)
         parameters = inspect.signature(function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.parameters = set(parameters)
@@ -88,31 +88,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(known)}"
 
 
-def load_reward(
-    spec: str | Callable[..., Any], rewards: dict[str, Callable[..., Reward]] | None = None, **options: Any
-) -> Reward:
+def load_reward(spec: Any, **options: Any) -> Reward:
     """A reward from its name, the dotted path of a function (`my_package.my_module.my_function`), a function, or a Reward.
 
     options go to the named reward's constructor. Raises ValueError for unknown names (with the nearest known ones), for paths
     that cannot be imported and for options that the reward does not have.
     """
-    if rewards is None:
-        from flowrl.reward_models import REWARDS as rewards
+    from flowrl.reward_models import REWARDS
+
     if not isinstance(spec, str):
         return spec if hasattr(spec, "name") else FunctionReward(spec)
-    if spec in rewards:
+    if spec in REWARDS:
         try:
-            return rewards[spec](**options)
+            return REWARDS[spec](**options)
         except TypeError as error:
             raise ValueError(f"reward {spec!r}: {error}") from None
     module_name, _, function_name = spec.replace(":", ".").rpartition(".")
     if not module_name:
-        raise ValueError(f"unknown reward {spec!r}{nearest(spec, rewards)} (or give the dotted path of a function)")
+        raise ValueError(f"unknown reward {spec!r}{nearest(spec, REWARDS)} (or give the dotted path of a function)")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a module of the user's does on import
         raise ValueError(f"reward {spec!r}: cannot import {module_name} ({type(error).__name__}: {error})") from None
-    function = getattr(module, function_name, None)
+    function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"reward {spec!r}: {module_name} has no function or class {function_name}")
     if inspect.isclass(function):

@@ -99,7 +99,7 @@ class Schedule(torch.Tensor):
     drive: Drive
     offset: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
     @classmethod
     def of(cls, timesteps: Tensor, drive: Drive, offset: int = 0) -> Schedule:
@@ -133,7 +133,7 @@ class Row(torch.Tensor):
         result = super().__torch_function__(func, types, args, kwargs or {})
         return result.as_subclass(Tensor) if isinstance(result, Row) and result.ndim != 1 else result
 
-    def expand(self, *sizes: Any) -> Tensor:
+    def expand(self, *sizes: Any) -> Tensor:  # type: ignore[override]
         row = self.as_subclass(Tensor)
         size = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
         times, rest = divmod(int(size[0]), row.shape[0])
@@ -182,7 +182,7 @@ class Drive:
     def __init__(self, pipe: Any):
         self.pipe = pipe
         self.index = 0
-        self.grid: Grid | None = None
+        self.grid: Grid  # once the pipeline has set its timesteps
         self.scheduler: Any = None
 
     def serve(self, scheduler: Any) -> Tensor:
@@ -236,9 +236,9 @@ class Rollout(Drive):
         self.latents = (scale_next * gaussian.sample(noise)).to(native.dtype)
         # Clones: some pipelines write the next state in place.
         before = self.steps[-1] if self.steps and self.steps[-1].index == i - 1 else None
-        shared = before is not None and torch.equal(before.native_next, native)
+        shared = before.native_next if before is not None and torch.equal(before.native_next, native) else None
         step = Step(
-            native=before.native_next if shared else native.clone(),
+            native=native.clone() if shared is None else shared,
             native_next=self.latents.clone(),
             t=t,
             t_next=t_next,
@@ -263,7 +263,7 @@ class Replay(Drive):
 
     def __init__(self, pipe: Any, index: int | None = None, t: Tensor | None = None):
         super().__init__(pipe)
-        self.target, self.times = index, t
+        self.target, self.times = index if index is not None else 0, t
         self.velocity: Tensor | None = None
 
     def serve(self, scheduler: Any) -> Tensor:
@@ -308,7 +308,7 @@ class Decode(Drive):
 
 
 @functools.cache
-def _driven_class(base: type) -> type:
+def _driven_class(base: Any) -> type:
     """A subclass of `base` with its name and signatures (pipelines inspect both), whose loop belongs to a drive."""
 
     class Driven(base):  # type: ignore[misc, valid-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,9 +36,11 @@ class Output(NamedTuple):
     err: str
 
 
-def start(argv: Sequence[object], log: Path, file_limit: int | None = None) -> multiprocessing.Process:
+def start(
+    argv: Sequence[object], log: Path, file_limit: int | None = None, env: dict[str, str] | None = None
+) -> multiprocessing.Process:
     """`flowrl ARGV` in a process of its own; its output goes to LOG.out and LOG.err. file_limit: largest file, in bytes."""
-    process = SERVER.Process(target=_command, args=([str(a) for a in argv], str(log), file_limit))
+    process = SERVER.Process(target=_command, args=([str(a) for a in argv], str(log), file_limit, env or {}))
     process.start()
     return process
 
@@ -58,9 +61,19 @@ def run_installed(*argv: object, timeout: float = 120) -> Output:
     return Output(done.returncode, done.stdout, done.stderr)
 
 
-def _command(argv: list[str], log: str, file_limit: int | None) -> None:
+def ranks(count: int) -> list[dict[str, str]]:
+    """What a launcher puts into the environment of `count` processes that train together on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _command(argv: list[str], log: str, file_limit: int | None, env: dict[str, str]) -> None:
     from flowrl.cli import main
 
+    os.environ.update(env)
     for stream, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)

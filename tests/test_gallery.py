@@ -395,14 +395,17 @@ def eventually(page: Any, expression: str) -> None:
         time.sleep(0.02)
 
 
+# Text is read as textContent: innerText is empty in a row that has not been drawn since it moved.
+
+
 def prompts(page: Any) -> list[str]:
     """The prompts on the page, from top to bottom."""
-    return page.locator(".row h2").all_inner_texts()
+    return page.locator(".row h2").all_text_contents()
 
 
 def seeds(page: Any, row: int) -> list[str]:
     """The seeds of one row, in order."""
-    return page.locator(".row").nth(row).locator(".seed").all_inner_texts()
+    return page.locator(".row").nth(row).locator(".seed").all_text_contents()
 
 
 def order_of(*rows: int) -> list[str]:
@@ -410,9 +413,12 @@ def order_of(*rows: int) -> list[str]:
     return [ROWS[row][0] for row in rows]
 
 
+PARTS = "nodes => nodes.map(n => [...n.childNodes].map(part => part.textContent.trim()).filter(Boolean).join(' '))"
+
+
 def lines(page: Any, selector: str) -> list[str]:
-    """Reward lines as one string each, without the layout's white space."""
-    return [" ".join(text.split()) for text in page.locator(selector).all_inner_texts()]
+    """What the matching elements say, their parts separated by one space."""
+    return page.locator(selector).evaluate_all(PARTS)
 
 
 def test_grid_shows_every_prompt_with_its_pictures(show, gallery):
@@ -594,7 +600,7 @@ def test_missing_pictures_are_labelled(show, tmp_path):
     next((path.parent / "images").glob("*-s1-*")).unlink()
     page = show(path, expected="ERR_FILE_NOT_FOUND")
     eventually(page, "document.querySelectorAll('.placeholder').length === 3")
-    texts = page.locator(".placeholder").all_inner_texts()
+    texts = page.locator(".placeholder").all_text_contents()
     assert texts[:2] == ["Missing file: lost.png", "No picture"]
     assert texts[2].startswith("Missing file: ")
     assert page.locator("img").count() == 1

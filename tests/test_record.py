@@ -121,7 +121,10 @@ def test_folders_that_cannot_be_used(tmp_path):
     used = tmp_path / "used"
     used.mkdir()
     (used / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="holds a run already; choose another, or go on with resume"):
+    with pytest.raises(ConfigError, match="holds a run already; choose another, or remove it: it has no checkpoint"):
+        record.prepare_folder(used, None)
+    save(used, 1)
+    with pytest.raises(ConfigError, match="holds a run already; choose another, or go on with resume_from_checkpoint=lat"):
         record.prepare_folder(used, None)
 
 

@@ -9,10 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from flowrl import tiny
-from flowrl.tiny import build, evaluate, models
+from flowrl.tiny import build, evaluate, models, stages
 from flowrl.tiny.scenes import TEST_PER_KIND, Object, Scene
 
 
@@ -184,9 +183,7 @@ def test_wrong_arguments_are_named():
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = StableDiffusion3Pipeline.from_pretrained(tiny.model_path(), local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return models.load(tiny.model_path())
 
 
 def test_assets_are_small_and_safe():
@@ -209,7 +206,7 @@ def test_shipped_pipeline_samples_deterministically(pipe):
 
 
 def test_shipped_pipeline_is_good_but_not_perfect(pipe):
-    specs = tiny.split("test")[::2]
+    specs = tiny.split("test")[::3]
     result = evaluate.scores(pipe, specs, seeds=1, batch=60)
     assert 0.3 < result["overall"] < 0.85
     assert result["dense"] > result["overall"]
@@ -238,7 +235,7 @@ def test_pooled_embedding_is_read_at_the_end_of_the_caption(pipe):
 
 
 def test_vae_reconstructs(pipe):
-    assert evaluate.ceiling(pipe.vae, 200) >= 0.95
+    assert evaluate.ceiling(pipe.vae, 100) >= 0.95
 
 
 # ---------------------------------------------------------------------------------------------------------------- build
@@ -246,7 +243,7 @@ def test_vae_reconstructs(pipe):
 
 def _micro(tmp_path, **changes):
     arch = models.Architecture(vae_channels=(8, 8, 8, 8), layers=2, heads=2, head_dim=16, text_widths=(32, 32))
-    settings = build.Settings(
+    settings = stages.Settings(
         out=tmp_path / "model",
         work=tmp_path / "work",
         steps=3,
@@ -280,20 +277,19 @@ def test_build_resumes_where_it_was_killed(tmp_path):
 
         return save
 
-    real = build._save
+    real = stages._save
     for name, count in (("vae.pt", 1), ("latents.pt", 1), ("transformer.pt", 1)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "_save", killing(name, count))
+            patch.setattr(stages, "_save", killing(name, count))
             with pytest.raises(Killed):
                 build.build(broken)
     out = build.build(broken)
     assert not list(tmp_path.rglob("*.part"))
-    one, two = (StableDiffusion3Pipeline.from_pretrained(folder) for folder in (whole, out))
+    one, two = (models.load(folder) for folder in (whole, out))
     for part in ("vae", "transformer", "text_encoder", "text_encoder_2"):
         a, b = getattr(one, part).state_dict(), getattr(two, part).state_dict()
         assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a), part
     assert one.vae.config.scaling_factor == two.vae.config.scaling_factor != 1.0
-    two.set_progress_bar_config(disable=True)
     assert evaluate.sample(two, ["a red circle"], [0], num_inference_steps=2).shape == (1, 3, 64, 64)
     assert (out / "flowrl.json").exists()
     assert "preliminary" in (out / "README.md").read_text()

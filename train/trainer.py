@@ -25,7 +25,7 @@ from flowrl.batch import Prompt, Samples, Step, concatenate
 from flowrl.config import ConfigError, Plan, Recipe, build, unknown
 from flowrl.data import load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
-from flowrl.policy import Policy, resolve_model
+from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.reward_models.base import Reward, load_reward, score
 from flowrl.samplers import SCHEDULES, TRANSITIONS, Transition
 from flowrl.train import watch
@@ -74,6 +74,7 @@ class Trainer:
         self.changed = record.check_resumable(self.checkpoint, recipe) if self.checkpoint else []
         if policy is None:
             resolve_model(recipe.model)
+            _check_lora(recipe.lora)
         if self.is_main:
             record.prepare_folder(self.folder, self.checkpoint)
 
@@ -83,11 +84,13 @@ class Trainer:
             dtype=recipe.dtype,
             autocast=recipe.autocast,
             device=self.accelerator.device,
-            attention_backend=recipe.attention_backend,
         )
-        for name in recipe.call_arguments():
-            if name not in self.policy._parameters:
-                raise ConfigError(unknown(f"argument of {self.policy.name}", name, self.policy._parameters))
+        if recipe.attention_backend:
+            try:
+                self.policy.set_attention_backend(recipe.attention_backend)
+            except (ValueError, RuntimeError, ImportError) as error:
+                raise ConfigError(f"attention_backend={recipe.attention_backend}: {error}") from None
+        _check_call(recipe, self.policy)
         self.policy.call.update(recipe.call_arguments())
         self._make_trainable()
         parameters = self.policy.trainable()
@@ -486,6 +489,23 @@ def _rewards(section: dict[str, Any], recipe: Recipe, where: str = "rewards") ->
         if not math.isfinite(weights[name]):
             raise ConfigError(f"{where}.{name}: the weight {weights[name]} is not a finite number")
     return rewards, weights
+
+
+def _check_lora(lora: str | None) -> None:
+    if lora is None or (Path(lora) / LORA_FILE).is_file() or Path(lora).is_file():
+        return
+    if Path(lora).is_dir():
+        raise ConfigError(f"lora: there is no {LORA_FILE} in {lora}")
+    if lora.count("/") != 1 or lora.startswith((".", "/", "~")):
+        raise ConfigError(f"lora: there is no folder {lora} (hub ids look like owner/name)")
+
+
+def _check_call(recipe: Recipe, policy: Policy) -> None:
+    """The pipeline takes these arguments, and the loop does not set them itself."""
+    known = set(policy._parameters) - {"self", "prompt", "latents", "generator", "output_type", "return_dict"}
+    for name in recipe.call_arguments():
+        if name not in known:
+            raise ConfigError(unknown(f"argument (or one that training sets itself) of {policy.name}", name, sorted(known)))
 
 
 def _trackers(recipe: Recipe) -> list[str]:

@@ -1,8 +1,10 @@
 """The embedded world: captions, scenes, an exact verifier, and a real Stable Diffusion 3 pipeline of thumbnail size.
 
 >>> from flowrl.tiny import model_path, split, verify
->>> from diffusers import StableDiffusion3Pipeline
->>> pipe = StableDiffusion3Pipeline.from_pretrained(model_path())
+>>> from flowrl.tiny import evaluate, models        # these import torch
+>>> specs = split("test")[:4]
+>>> pictures = evaluate.sample(models.load(model_path()), [s["prompt"] for s in specs], seeds=range(4))
+>>> strict, dense = verify(pictures, specs)
 
 `python -m flowrl.tiny.build --help` says how the model was made. Importing this package does not import torch.
 """

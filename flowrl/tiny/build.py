@@ -1,93 +1,24 @@
 """Make the embedded model from nothing: `python -m flowrl.tiny.build`.
 
-Three stages, each of which picks up where a killed run stopped: the VAE, the latents of a pool of scenes, and the text
-encoders with the transformer. Every batch is drawn from a generator seeded by (seed, step), so that a resumed run sees
-the data that an unbroken one would have seen.
+The stages are in stages.py; each picks up where a killed run stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import json
-import os
 import shutil
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
+from diffusers import StableDiffusion3Pipeline
 
 from . import evaluate, models
-from .render import render_batch
-from .scenes import random_spec, sample_scene, split, write_prompts
+from .scenes import write_prompts
+from .stages import Settings, encode_pool, train_transformer, train_vae
 
 STAGES = ("vae", "latents", "transformer")
-#: The kinds in the training mix: what is hard is shown more often.
-KIND_WEIGHTS = {
-    "single_object": 0.5,
-    "two_object": 1.0,
-    "counting": 1.2,
-    "colors": 0.7,
-    "position": 1.4,
-    "color_attr": 1.3,
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a build needs to know. Times are minutes on two laptop-class cores."""
-
-    out: Path
-    work: Path
-    steps: int = 8000
-    vae_steps: int = 1500
-    vae_batch: int = 32
-    pool: int = 60_000
-    batch: int = 128
-    lr: float = 1.5e-3
-    vae_lr: float = 2e-3
-    decay_from: float = 0.5  #: Share of the steps after which the learning rate falls, linearly to zero.
-    ema: float = 0.999
-    caption_dropout: float = 0.1
-    seed: int = 0
-    device: str = "auto"
-    bf16: bool = True
-    until: str = "transformer"
-    checkpoint_every: float = 90.0  #: Seconds.
-    export_every: float = 900.0  #: Seconds; 0 exports only at the end.
-    evaluate_every: int = 1000  #: Steps.
-    test_seeds: int = 4  #: Pictures per test prompt in the final evaluation.
-    arch: models.Architecture = field(default_factory=models.Architecture)
-
-    def torch_device(self) -> torch.device:
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def _load(path: Path, device: torch.device) -> dict[str, Any] | None:
-    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
 
 
 def _swap_in(fresh: Path, out: Path) -> None:
@@ -100,244 +31,17 @@ def _swap_in(fresh: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _progress(total: int, done: int, name: str) -> tqdm:
-    quiet = not sys.stderr.isatty()  # in a log file, a line every half minute
-    return tqdm(total=total, initial=done, desc=name, mininterval=30 if quiet else 0.3, dynamic_ncols=not quiet)
-
-
-def _rng(settings: Settings, *key: int) -> np.random.Generator:
-    return np.random.default_rng([settings.seed, *key])
-
-
-# ------------------------------------------------------------------------------------------------------------------ vae
-
-
-def _scenes(settings: Settings, count: int, *key: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures (count, 3, 64, 64) in [0, 1] of random training captions, and the captions."""
-    rng = _rng(settings, *key)
-    specs = [random_spec(rng, "train", KIND_WEIGHTS) for _ in range(count)]
-    return render_batch([sample_scene(spec, rng) for spec in specs], rng), [spec["prompt"] for spec in specs]
-
-
-def train_vae(settings: Settings) -> AutoencoderKL:
-    """Stage 1: reconstruct scenes; the decoder sees slightly noisy latents, as it will from a generator."""
-    device = settings.torch_device()
-    torch.manual_seed(settings.seed)
-    vae = models.make_vae(settings.arch).to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), settings.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    path = settings.work / "vae.pt"
-    state = _load(path, device) or {"step": 0, "seconds": 0.0}
-    if state["step"]:
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    start, saved = time.time() - state["seconds"], time.time()
-    bar = _progress(settings.vae_steps, state["step"], "VAE")
-    for step in range(state["step"], settings.vae_steps):
-        _set_lr(optimizer, settings.vae_lr * _schedule(step, settings.vae_steps, settings.decay_from, 30))
-        images = torch.from_numpy(_scenes(settings, settings.vae_batch, 1, step)[0]).to(device) * 2 - 1
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        with _autocast(settings, device):
-            posterior = vae.encode(images).latent_dist
-            z = posterior.sample()
-            out = vae.decode(z + 0.05 * torch.randn_like(z)).sample.float()
-        error = F.l1_loss(out, images) + F.mse_loss(out, images)
-        loss = error + 1e-4 * posterior.kl().mean() / z[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix_str(f"loss {error.item():.4f}", refresh=False)
-        bar.update()
-        last = step + 1 == settings.vae_steps
-        if last or time.time() - saved > settings.checkpoint_every:
-            saved = time.time()
-            seconds = saved - start
-            _save(
-                {
-                    "step": step + 1,
-                    "seconds": seconds,
-                    "model": vae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                },
-                path,
-            )
-    bar.close()
-    return vae.eval().requires_grad_(False)
-
-
-def _schedule(step: int, steps: int, decay_from: float, warmup: int) -> float:
-    """Warm up, hold, fall linearly to (almost) zero."""
-    falling = (steps - step) / max(1.0, steps * (1 - decay_from))
-    return min(1.0, (step + 1) / warmup, max(falling, 0.0))
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _autocast(settings: Settings, device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16) if settings.bf16 else contextlib.nullcontext()
-
-
-# -------------------------------------------------------------------------------------------------------------- latents
-
-
-@torch.no_grad()
-def encode_pool(settings: Settings, vae: AutoencoderKL) -> tuple[Tensor, Tensor, list[str]]:
-    """Stage 2: latents (pool, C, 8, 8) fp16, whitened; rows of captions (pool,); the captions.
-
-    Sets the VAE's shift_factor and scaling_factor so that the latents have mean 0 and standard deviation 1.
-    """
-    device, path = settings.torch_device(), settings.work / "latents.pt"
-    state = _load(path, torch.device("cpu"))
-    if state is None:
-        latents, texts = [], []
-        chunk = min(256, settings.pool)
-        bar = _progress(settings.pool, 0, "latents")
-        for i in range(settings.pool // chunk):
-            images, captions = _scenes(settings, chunk, 2, i)
-            z = vae.encode(torch.from_numpy(images).to(device) * 2 - 1).latent_dist.mean
-            latents.append(z.float().cpu())
-            texts += captions
-            bar.update(chunk)
-        bar.close()
-        z = torch.cat(latents)
-        shift, scale = z.mean().item(), 1 / z.std().item()
-        captions = sorted(set(texts))
-        place = {caption: i for i, caption in enumerate(captions)}
-        rows = torch.tensor([place[t] for t in texts])
-        state = {"z": ((z - shift) * scale).half(), "rows": rows, "captions": captions, "shift": shift, "scale": scale}
-        _save(state, path)
-    vae.register_to_config(shift_factor=state["shift"], scaling_factor=state["scale"])
-    return state["z"], state["rows"], state["captions"]
-
-
-# ---------------------------------------------------------------------------------------------------------- transformer
-
-
-def _batches(settings: Settings, pool: tuple[Tensor, Tensor, list[str]], first: int) -> Iterator[tuple]:
-    """x0 (B, C, 8, 8), captions, t (B,) in (0, 1), noise; from step `first` on, for ever."""
-    z, rows, captions = pool
-    step = first
-    while True:
-        g = torch.Generator().manual_seed(settings.seed * 1_000_003 + 7 * step + 11)
-        pick = torch.randint(len(z), (settings.batch,), generator=g)
-        drop = torch.rand(settings.batch, generator=g) < settings.caption_dropout
-        texts = ["" if d else captions[r] for r, d in zip(rows[pick].tolist(), drop.tolist(), strict=True)]
-        u = torch.sigmoid(torch.randn(settings.batch, generator=g))  # logit-normal, then shifted to noise
-        t = 2 * u / (1 + u)
-        yield z[pick].float(), texts, t, torch.randn(settings.batch, *z.shape[1:], generator=g)
-        step += 1
-
-
-def _trained(pipe: StableDiffusion3Pipeline) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {"transformer": pipe.transformer, "one": pipe.text_encoder, "two": pipe.text_encoder_2},
-    )
-
-
-def _optimizers(trained: nn.ModuleDict, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors."""
-    blocks, matrices, vectors = [], [], []
-    for name, weight in trained.named_parameters():
-        if weight.ndim == 2 and ("transformer_blocks" in name or "encoder.layers" in name):
-            blocks.append(weight)
-        else:
-            (matrices if weight.ndim > 1 else vectors).append(weight)
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    return [
-        torch.optim.Muon(blocks, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr, betas=(0.9, 0.99)),
-    ]
-
-
-def _attention(device: torch.device) -> contextlib.AbstractContextManager:
-    """Plain attention on a CPU: for 81 tokens its backward pass is 1.6 times as fast as that of the flash kernel."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-
-
-def train_transformer(settings: Settings, vae: AutoencoderKL, pool: tuple[Tensor, Tensor, list[str]]) -> dict[str, Any]:
-    """Stage 3: flow matching, v = noise - x0 at x_t = (1 - t) x0 + t noise. Exports EMA weights on the way."""
-    device = settings.torch_device()
-    torch.manual_seed(settings.seed + 1)
-    pipe = models.make_pipeline(settings.arch, vae).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    trained = _trained(pipe)
-    trained.requires_grad_(True).train()
-    ema = copy.deepcopy(trained).requires_grad_(False)
-    weights, averages = list(trained.parameters()), list(ema.parameters())
-    optimizers = _optimizers(trained, settings.lr)
-    path = settings.work / "transformer.pt"
-    state = _load(path, device) or {"step": 0, "seconds": 0.0}
-    if state["step"]:
-        trained.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(old)
-    info = {"step": state["step"], "seconds": state["seconds"]}
-    start = saved = exported = time.time()
-    start -= state["seconds"]
-    bar = _progress(settings.steps, state["step"], "transformer")
-    loss_mean = None
-    for step, (x0, texts, t, noise) in enumerate(_batches(settings, pool, state["step"]), state["step"]):
-        if step >= settings.steps:
-            break
-        lr = settings.lr * _schedule(step, settings.steps, settings.decay_from, 200)
-        x0, t, noise = x0.to(device), t.to(device), noise.to(device)
-        time_axis = t[:, None, None, None]
-        x_t = (1 - time_axis) * x0 + time_axis * noise
-        with _attention(device):
-            with _autocast(settings, device):
-                context, pooled = models.encode(pipe, texts)
-                v = pipe.transformer(x_t, context, pooled, 1000 * t, return_dict=False)[0]
-            loss = F.mse_loss(v.float(), noise - x0)
-            trained.zero_grad(set_to_none=True)
-            loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        for optimizer in optimizers:
-            _set_lr(optimizer, lr)
-            optimizer.step()
-        torch._foreach_lerp_(averages, weights, 1 - min(settings.ema, (1 + step) / (10 + step)))
-        loss_mean = loss.item() if loss_mean is None else 0.98 * loss_mean + 0.02 * loss.item()
-        bar.set_postfix_str(f"loss {loss_mean:.4f}", refresh=False)
-        bar.update()
-
-        now, done = time.time(), step + 1
-        info = {"step": done, "seconds": now - start}
-        if done == settings.steps or now - saved > settings.checkpoint_every:
-            saved = now
-            parts = {"model": trained.state_dict(), "ema": ema.state_dict()}
-            _save({**info, **parts, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
-        if done % settings.evaluate_every == 0 and done < settings.steps:
-            scores = evaluate.scores(_with_weights(pipe, ema), split("test"), seeds=1)
-            tqdm.write(f"step {done}, {info['seconds'] / 60:.1f} min: {evaluate.one_line(scores)}", file=sys.stderr)
-        if settings.export_every and done < settings.steps and now - exported > settings.export_every:
-            exported = now
-            export(settings, _with_weights(pipe, ema), {**info, "preliminary": True})
-    bar.close()
-    return {**info, "pipe": _with_weights(pipe, ema)}
-
-
-def _with_weights(pipe: StableDiffusion3Pipeline, ema: nn.ModuleDict) -> StableDiffusion3Pipeline:
-    """The same pipeline with the averaged weights."""
-    parts = {"transformer": ema["transformer"], "text_encoder": ema["one"], "text_encoder_2": ema["two"]}
-    for module in parts.values():
-        module.eval()
-    other = StableDiffusion3Pipeline(**{**pipe.components, **parts})
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-# --------------------------------------------------------------------------------------------------------------- export
-
-
 def export(settings: Settings, pipe: StableDiffusion3Pipeline, info: dict[str, Any]) -> None:
     """Write the pipeline, its call arguments and its card; replace `out` in one go."""
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     fresh = settings.out.with_name(f".{settings.out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):  # they keep, and would save, the padding of the last call
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
     pipe.save_pretrained(fresh, safe_serialization=True)
+    for file in fresh.rglob("*.safetensors"):
+        file.chmod(0o644)  # written as 0600; an installed package is read by others
     (fresh / "flowrl.json").write_text(json.dumps({"call": models.CALL}, indent=2) + "\n")
     (fresh / "README.md").write_text(evaluate.card(settings, info))
     _swap_in(fresh, settings.out)
@@ -352,16 +56,14 @@ def build(settings: Settings) -> Path:
     pool = encode_pool(settings, vae)
     if settings.until == "latents":
         return settings.out
-    result = train_transformer(settings, vae, pool)
+    result = train_transformer(settings, vae, pool, export)
     pipe = result.pop("pipe")
     export(settings, pipe, {**result, "preliminary": True})
     if settings.test_seeds:
-        reloaded = StableDiffusion3Pipeline.from_pretrained(settings.out, text_encoder_3=None, tokenizer_3=None).to(settings.torch_device())
-        reloaded.set_progress_bar_config(disable=True)
+        reloaded = models.load(settings.out).to(settings.torch_device())
         report = evaluate.report(reloaded, settings.test_seeds)
         (settings.work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        vae_state = torch.load(settings.work / "vae.pt", weights_only=True)
-        result["vae_seconds"] = vae_state["seconds"]
+        result["vae_seconds"] = torch.load(settings.work / "vae.pt", weights_only=True)["seconds"]
         export(settings, pipe, {**result, "report": report})
         print(json.dumps(report, indent=2))
     return settings.out

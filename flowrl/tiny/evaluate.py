@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from .verify import verify
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-    from .build import Settings
+    from .stages import Settings
 
 
 @torch.no_grad()
@@ -32,8 +33,11 @@ def sample(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], seeds: Sequen
 def scores(
     pipe: StableDiffusion3Pipeline, specs: Sequence[Spec], seeds: int = 1, batch: int = 60, **call: Any
 ) -> dict[str, float]:
-    """Mean strict accuracy of each kind, `overall` (mean over pictures) and `dense`; seeds are 0 .. seeds-1."""
-    jobs = [(spec, seed) for spec in specs for seed in range(seeds)]
+    """Mean strict accuracy of each kind, `overall` (mean over pictures) and `dense`.
+
+    Picture j of prompt i has seed i * seeds + j: were the seeds the same for all prompts, so would be their luck.
+    """
+    jobs = [(spec, i * seeds + j) for i, spec in enumerate(specs) for j in range(seeds)]
     strict, dense = [], []
     for i in range(0, len(jobs), batch):
         part = jobs[i : i + batch]
@@ -99,7 +103,7 @@ def card(settings: Settings, info: dict[str, Any]) -> str:
         "from diffusers import StableDiffusion3Pipeline",
         "from flowrl.tiny import model_path",
         "",
-        "pipe = StableDiffusion3Pipeline.from_pretrained(model_path())",
+        "pipe = StableDiffusion3Pipeline.from_pretrained(model_path(), text_encoder_3=None, tokenizer_3=None)",
         f'image = pipe("a red circle and a blue square", {", ".join(f"{k}={v}" for k, v in CALL.items())}).images[0]',
         "```",
         "",
@@ -109,7 +113,7 @@ def card(settings: Settings, info: dict[str, Any]) -> str:
         "## Data",
         "",
         f"Scenes drawn by `flowrl.tiny.render` for the {len(split('train'))} captions of `split('train')`: a pool of",
-        f"{settings.pool:,} pictures. None of the {len(split('test'))} captions of `split('test')` (20 of each kind) was",
+        f"{settings.pool:,} pictures. None of the {len(split('test'))} captions of `split('test')` (20 per kind) was",
         "seen; except for single objects, where only the wording is new, they are new combinations. Shapes: circle,",
         "square, triangle, star, cross, ring; colours: red, green, blue, yellow, purple, black. Any word outside the",
         "grammar is split into bytes, of which the model knows nothing.",
@@ -121,7 +125,7 @@ def card(settings: Settings, info: dict[str, Any]) -> str:
         f"{100 * settings.decay_from:.0f} % of the steps on, EMA {settings.ema:g}, caption dropout",
         f"{100 * settings.caption_dropout:.0f} %, seed {settings.seed}. Transformer: {minutes:.0f} minutes on"
         f" {settings.torch_device().type}",
-        f"({torch.get_num_threads()} threads of a shared machine)"
+        f"(a machine of {os.cpu_count()} cores, shared with other work)"
         + (f"; VAE: {info['vae_seconds'] / 60:.0f} minutes." if "vae_seconds" in info else "."),
         "",
         "## Scores",
@@ -133,8 +137,8 @@ def card(settings: Settings, info: dict[str, Any]) -> str:
     columns = [name for name, value in r.items() if isinstance(value, dict)]
     lines += [
         "Strict accuracy in percent, read by `flowrl.tiny.verify`; EMA weights, 20 ODE steps and guidance 1.0 unless",
-        f"the column says otherwise. Test columns: {r['seeds_per_prompt']} pictures per prompt, seeds 0 to",
-        f"{r['seeds_per_prompt'] - 1}; train: one picture per prompt, seed 0.",
+        "the column says otherwise. Picture j of the n pictures of prompt i has seed n i + j; n is"
+        f" {r['seeds_per_prompt']} for test, 1 for train.",
         "",
         "| kind | " + " | ".join(columns) + " |",
         "|---|" + "---:|" * len(columns),

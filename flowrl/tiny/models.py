@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -159,3 +160,12 @@ def encode(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, 
     place = {prompt: i for i, prompt in enumerate(unique)}
     rows = torch.tensor([place[p] for p in prompts], device=pooled.device)
     return context[rows], pooled[rows]
+
+
+def load(folder: str | Path) -> StableDiffusion3Pipeline:
+    """Load a model of ours. diffusers wants to be told that the T5 encoder is left out, even of a saved pipeline."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        folder, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -59,7 +59,7 @@ class GRPO:
         values = torch.maximum(-A * ratio, -A * clipped)
         if self.step_weight == "std":
             values = values * std / predict.mean_std
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "ratio": ratio.detach(),
             "ratio_deviation": (ratio.detach() - 1).abs(),
             "clip_ratio": ((ratio - 1).abs() > self.epsilon).float().detach(),
