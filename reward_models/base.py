@@ -39,7 +39,7 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
         self.function = function
-        self.name: str = name or getattr(function, "__name__", type(function).__name__)
+        self.name = str(name or getattr(function, "__name__", type(function).__name__))
         parameters = inspect.signature(function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.parameters = set(parameters)

@@ -362,8 +362,9 @@ def one_step_scheduler(scheduler: Any) -> Any:
 def driven(pipe: Any, drive: Drive, latents: Tensor | None = None) -> Iterator[None]:
     """Hand the pipeline's loop to `drive`; with `latents`, start it from that state. Everything is put back afterwards."""
     own = pipe.scheduler
+    base: Any = type(own)
     scheduler = copy.copy(own)
-    scheduler.__class__ = _driven_class(type(own))
+    scheduler.__class__ = _driven_class(base)
     scheduler.drive = drive
     pipe.scheduler = scheduler
     if latents is not None:

@@ -237,9 +237,7 @@ def _sd3(seed: int) -> diffusers.StableDiffusion3Pipeline:
         **_clip(seed + 1, "_2", projection=True, hidden_act="gelu"),
         **_t5(seed, "_3", width=80),  # wider than the two CLIPs together, which are padded up to it
         transformer=transformer,
-        vae=_image_vae(
-            seed, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
-        ),
+        vae=_image_vae(seed, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
@@ -263,9 +261,7 @@ def _flux(seed: int) -> diffusers.FluxPipeline:
         **_clip(seed),
         **_t5(seed, "_2"),
         transformer=transformer,
-        vae=_image_vae(
-            seed, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-        ),
+        vae=_image_vae(seed, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
@@ -310,9 +306,7 @@ def _wan(seed: int) -> diffusers.WanPipeline:
         rope_max_seq_len=32,
     )
     vae = _seeded(seed, diffusers.AutoencoderKLWan, gain=1.3, base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    scheduler = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return diffusers.WanPipeline(**_t5(seed, kind="UMT5"), transformer=transformer, vae=vae, scheduler=scheduler)
 
 

@@ -16,7 +16,7 @@ from flowrl.cli import main
 from flowrl.record import checkpoints, read_metrics
 from tests.runs import FLOWRL, run, run_installed
 
-OWN_REWARDS = '''
+OWN_REWARDS = """
 def red(images, prompts):
     return images[:, 0].flatten(1).mean(1)
 
@@ -46,7 +46,7 @@ def broken_later(images, prompts):
     if calls == 2:
         raise ConnectionError("the scorer went away")
     return red(images, prompts)
-'''
+"""
 
 
 @pytest.fixture
@@ -350,9 +350,7 @@ def test_stderr_holds_one_line(tmp_path, recipe, override, line):
 
 def test_train_eval_gallery_and_sample(tmp_path, recipe, model, prompts, own_rewards):
     """The whole way through the installed command: a reward from the folder it is called in, results that open."""
-    done = run_installed(
-        "train", recipe, "output_dir=run", "rewards.own_rewards.red=1", "max_steps=2", "learning_rate=0.1"
-    )
+    done = run_installed("train", recipe, "output_dir=run", "rewards.own_rewards.red=1", "max_steps=2", "learning_rate=0.1")
     assert done.code == 0, done.err
     assert "images per step" in done.out and "Done: run" in done.out and "Traceback" not in done.err
     assert "Warning" not in done.err, done.err

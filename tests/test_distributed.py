@@ -87,8 +87,8 @@ def runs(request, tmp_path_factory, recipe) -> tuple[Path, dict, list[dict]]:
 def test_two_processes_train_the_same_weights(runs):
     """Rewards, advantages, metrics (ratio, KL, gradient norm, ...) and weights of three steps with two updates each.
 
-    Sums run in another order on two processes, and Adam amplifies the last bit of gradients near 0: weights agree within 1e-6
-    of their norm, everything of the first step within 1e-6 of itself.
+    Sums run in another order on two processes: everything of the first step agrees within 1e-6 of itself, and later steps
+    as far as they follow from the weights.
     """
     _, one, two = runs
     for step, alone in enumerate(one["seen"]):
@@ -101,14 +101,18 @@ def test_two_processes_train_the_same_weights(runs):
         assert both[0]["metrics"] == pytest.approx(alone["metrics"], rel=1e-6 if step == 0 else 0.02, abs=1e-6)
         assert both[0]["metrics"]["grad_norm"] > 1e-3 and both[0]["metrics"]["kl"] > 0
         for name in ("policy", "ema"):
-            assert distance(both[0][name], alone[name]) < 1e-6
-            assert all(distance({0: both[0][name][key]}, {0: alone[name][key]}) < 1e-4 for key in alone[name])
+            assert_same_weights(both[0][name], alone[name])
 
 
-def distance(a: dict, b: dict) -> float:
-    """Of two sets of weights, relative to their norm."""
-    a, b = (torch.cat([weights[key].flatten() for key in b]) for weights in (a, b))
-    return float((a - b).norm() / b.norm())
+def assert_same_weights(a: dict, b: dict) -> None:
+    """99 of 100 weights agree within 1e-6, where an update moves them by 1e-4 to 1e-3.
+
+    Not all: Adam divides a gradient by its own size, so that one of nearly 0 becomes a step whose sign its last bit decides.
+    """
+    assert a.keys() == b.keys()
+    difference = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
+    assert difference.quantile(0.99) < 1e-6
+    assert difference.max() < 3e-3
 
 
 def test_both_processes_hold_the_same_weights_after_every_step(runs):
@@ -179,4 +183,4 @@ def test_a_launcher_starts_the_command_on_two_processes(tmp_path, recipe):
     alone = finish(start(["train", recipe, "batch_size=2", f"output_dir={tmp_path}/alone"], tmp_path / "log"), tmp_path / "log")
     assert alone.code == 0, alone.err
     a, b = (load_file(tmp_path / run / LORA_FILE) for run in ("alone", "launched"))
-    assert a.keys() == b.keys() and distance(b, a) < 1e-6
+    assert_same_weights(a, b)

@@ -126,9 +126,7 @@ def test_lora_round_trip_draws_the_same_picture(name: str, tmp_path: Path) -> No
     adapted = picture(pipe, name)
     assert change(plain, adapted) > 0.001
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
-    type(pipe).save_lora_weights(
-        tmp_path, **{f"{role}_lora_layers": layers}, **_collate_lora_metadata({role: denoiser})
-    )
+    type(pipe).save_lora_weights(tmp_path, **{f"{role}_lora_layers": layers}, **_collate_lora_metadata({role: denoiser}))
     fresh = tiny(name)
     fresh.load_lora_weights(tmp_path)
     assert torch.equal(adapted, picture(fresh, name))

@@ -142,14 +142,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, recipe):
     assert_same_run(tmp_path / "straight", tmp_path / "run", goal)
 
 
-SLOW_REWARD = '''
+SLOW_REWARD = """
 import time
 
 def slow(images, prompts):
     open("scoring", "w").close()
     time.sleep(100)
     return [0.0] * len(prompts)
-'''
+"""
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, recipe, monkeypatch):

@@ -147,8 +147,7 @@ def card(settings: Settings, info: dict[str, Any]) -> str:
         lines.append(f"| {kind} | " + " | ".join(f"{100 * r[c][kind]:.1f}" for c in columns) + " |")
     lines += [
         "",
-        "`dense` is the mean partial credit. Reconstructions of true scenes by the VAE reach "
-        f"{100 * r['vae_ceiling']:.1f} %.",
+        f"`dense` is the mean partial credit. Reconstructions of true scenes by the VAE reach {100 * r['vae_ceiling']:.1f} %.",
         "",
     ]
     return "\n".join(lines)

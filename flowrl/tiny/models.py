@@ -164,8 +164,6 @@ def encode(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, 
 
 def load(folder: str | Path) -> StableDiffusion3Pipeline:
     """Load a model of ours. diffusers wants to be told that the T5 encoder is left out, even of a saved pipeline."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        folder, text_encoder_3=None, tokenizer_3=None, local_files_only=True
-    )
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

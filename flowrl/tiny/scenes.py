@@ -99,8 +99,7 @@ def _grammar() -> dict[str, list[list[Spec]]]:
     ]
     colors = [[_spec("colors", f.format(f"a {c} {s}"), (s, c, 1)) for f in FRAMES[:2]] for c, s in colored]
     position = [
-        [_spec("position", f"a {a} {r} a {b}", (a, None, 1), (b, None, 1), relation=r)]
-        for (a, b), r in product(pairs, RELATIONS)
+        [_spec("position", f"a {a} {r} a {b}", (a, None, 1), (b, None, 1), relation=r)] for (a, b), r in product(pairs, RELATIONS)
     ]
     color_attr = [
         [_spec("color_attr", f"a {c} {a} and a {d} {b}", (a, c, 1), (b, d, 1))]
@@ -168,8 +167,8 @@ def sample_scene(spec: Spec, rng: np.random.Generator) -> Scene:
         for (shape, color), (x, y), s in zip(wanted, centres, sizes, strict=True)
     )
     grey = BACKGROUND + rng.uniform(-0.03, 0.03)
-    tint = np.clip(grey + rng.uniform(-0.015, 0.015, 3), 0, 1)
-    return Scene(objects, tuple(float(v) for v in tint))
+    r, g, b = np.clip(grey + rng.uniform(-0.015, 0.015, 3), 0, 1)
+    return Scene(objects, (float(r), float(g), float(b)))
 
 
 def _place(sizes: np.ndarray, rng: np.random.Generator, relation: str | None, tries: int = 60) -> np.ndarray | None:

@@ -212,7 +212,9 @@ def _trained(pipe: StableDiffusion3Pipeline) -> nn.ModuleDict:
 
 def _optimizers(trained: nn.ModuleDict, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors."""
-    blocks, matrices, vectors = [], [], []
+    blocks: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, weight in trained.named_parameters():
         if weight.ndim == 2 and ("transformer_blocks" in name or "encoder.layers" in name):
             blocks.append(weight)
@@ -246,7 +248,8 @@ def train_transformer(settings: Settings, vae: AutoencoderKL, pool: Pool, export
     trained = _trained(pipe)
     trained.requires_grad_(True).train()
     ema = copy.deepcopy(trained).requires_grad_(False)
-    weights, averages = list(trained.parameters()), list(ema.parameters())
+    weights: list[Tensor] = list(trained.parameters())
+    averages: list[Tensor] = list(ema.parameters())
     optimizers = _optimizers(trained, settings.lr)
     path = settings.work / "transformer.pt"
     state = _load(path, device) or {"step": 0, "seconds": 0.0}

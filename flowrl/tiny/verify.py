@@ -96,14 +96,16 @@ def detect_batch(images: Tensor | np.ndarray) -> list[list[Detection]]:
         raise ValueError(f"images must be (N, 3, H, W), not {tuple(pixels.shape)}")
     pixels = np.clip(np.nan_to_num(pixels), 0, 1)
     n, names = len(pixels), list(COLORS)
+    height, width = pixels.shape[2:]
     alpha, color = _segment(pixels)
     planes = (color[:, None] == np.arange(len(names))[:, None, None]) & (alpha > 0.5)[:, None]
-    labels, _ = ndimage.label(planes.reshape(-1, *alpha.shape[1:]), _NEIGHBOURS)
+    labels: np.ndarray = ndimage.label(planes.reshape(-1, height, width), _NEIGHBOURS)[0]
     found: list[list[Detection]] = [[] for _ in range(n)]
-    boxes = ndimage.find_objects(labels)
-    areas = np.bincount(labels.ravel(), minlength=len(boxes) + 1)
-    for label in np.flatnonzero(areas[1:] >= MIN_AREA) + 1:
-        plane, rows, cols = boxes[label - 1][0].start, *boxes[label - 1][1:]
+    large = np.bincount(labels.ravel()) >= MIN_AREA
+    large[0] = False  # the background
+    labels = (np.cumsum(large, dtype=np.int32) * large)[labels]
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        plane, rows, cols = box[0].start, box[1], box[2]
         image, c = divmod(plane, len(names))
         shape, score = _classify(labels[plane, rows, cols] == label, alpha[image, rows, cols])
         where = (cols.start, rows.start, cols.stop, rows.stop)
