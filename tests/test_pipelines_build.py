@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from pipelines import BUILDERS, CALL, DENOISER, GUIDED, reload, tiny
+
+from tests.pipelines import BUILDERS, CALL, DENOISER, GUIDED, reload, tiny
 
 PROMPTS = ["a red circle", "two blue squares"]
 every_pipeline = pytest.mark.parametrize("name", BUILDERS)
