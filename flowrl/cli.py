@@ -24,6 +24,8 @@ Align image and video generators (diffusion, flow matching) with rewards.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    # Before torch is loaded: threads that spin while they wait bring small models to a standstill on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the folder that a reward's dotted path starts from
     if not hasattr(arguments, "run"):

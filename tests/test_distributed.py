@@ -19,6 +19,7 @@ from tests.test_resume import lines, wait_for
 
 #: One group to a batch, so that the batches are the same on one process and on two.
 OPTIONS = ["batch_size=2", "prompts_per_step=4", "updates_per_step=2", "objective.beta=0.1", "max_steps=3"]
+OPTIONS += ["samples_steps=1", "checkpointing_steps=1", "eval_steps=3", "eval_num_inference_steps=2", "report_to=tensorboard"]
 
 
 class Watched(Trainer):
@@ -65,7 +66,7 @@ def trained(recipe: Path, folder: Path, count: int, options: list[str]) -> list[
     """What each of `count` processes saw."""
     envs = ranks(count) if count > 1 else [{}]
     outs = [str(folder / f"rank-{count}-{rank}.pt") for rank in range(count)]
-    overrides = [*options, f"output_dir={folder}/run-{count}"]
+    overrides = [*options, f"output_dir={folder}/run-{count}", f"eval_prompts={load_recipe(recipe).prompts}"]
     processes = [SERVER.Process(target=train, args=(str(recipe), overrides, *pair)) for pair in zip(outs, envs, strict=True)]
     for process in processes:
         process.start()
