@@ -104,6 +104,9 @@ class Recipe:
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     lr_warmup_steps: int = option(0, "Updates over which the learning rate rises linearly from 0.")
+    lr_decay_from: float = option(
+        1.0, "Part of max_steps after which the learning rate falls linearly to 0; 1 never lets it fall."
+    )
     ema_decay: float = option(
         0.9, "Decay of the averaged weights that are evaluated and saved, per update; warmed up as (1 + n) / (10 + n)."
     )
@@ -159,6 +162,8 @@ class Recipe:
             raise ConfigError(
                 "train=full updates the weights themselves, which bfloat16 rounds; use dtype=float32 autocast=bfloat16"
             )
+        if not 0 <= self.lr_decay_from <= 1:
+            raise ConfigError(f"lr_decay_from={self.lr_decay_from}: must lie in [0, 1]")
         if not self.rewards:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
         if self.eval_steps and not self.eval_prompts:

@@ -155,3 +155,14 @@ def test_the_plan_proposes_values_that_divide():
         Plan(dataclasses.replace(recipe, batch_size=4), 1, 1).check()
     for valid in (2, 3, 6):
         Plan(dataclasses.replace(recipe, batch_size=valid), 1, 1).check()
+
+
+def test_learning_rate_schedule():
+    """Warm-up over 4 updates; with 100 steps and lr_decay_from 0.6, full until step 60, half at step 80, 1/40 at the last."""
+    from flowrl.record import Progress
+    from flowrl.train.trainer import lr_factor
+
+    recipe = Recipe(max_steps=100, lr_warmup_steps=4, lr_decay_from=0.6)
+    factors = [lr_factor(recipe, Progress(step=step, updates=step)) for step in (0, 3, 60, 80, 99)]
+    assert factors == pytest.approx([0.25, 1, 1, 0.5, 0.025])
+    assert lr_factor(Recipe(max_steps=10), Progress(step=9, updates=9)) == 1

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from flowrl.batch import Prompt, Samples
 from flowrl.config import ConfigError, Recipe
 from flowrl.policy import Policy
 from tests.pipelines import CALL, tiny
+from tests.runs import SERVER
 
 RECIPE = Recipe(model="m", lora_rank=2, objective={"name": "grpo"})
 
@@ -86,6 +91,60 @@ def test_at_every_moment_of_replacing_and_removing_the_name_is_whole_or_free(tmp
                 look()
     record.remove(tmp_path / "a")
     assert moments > 8 and content(tmp_path) == set()
+
+
+def killed_at(moment: int, act) -> bool:
+    """Whether a fork that does `act` got as far as its file operation number `moment`, and was killed (-9) just before."""
+    child = os.fork()
+    if child == 0:
+        operations = 0
+
+        def audit(event, args):
+            nonlocal operations
+            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"):
+                operations += 1
+                if operations == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(audit)
+        act()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def kill_everywhere(folder: Path) -> None:
+    """Kill a third checkpoint (which lets the first two go), and a second one over itself, before each file operation."""
+    policy, optimizer = policy_with_optimizer()
+    for step in (1, 2):
+        record.save_checkpoint(folder / "kept", policy, optimizer, RECIPE, record.Progress(step=step), 0)
+    whole = {path.relative_to(folder / "kept/checkpoint-2") for path in (folder / "kept/checkpoint-2").rglob("*")}
+    for step in (3, 2):
+        for moment in itertools.count(1):
+            run = folder / f"run-{step}-{moment}"
+            shutil.copytree(folder / "kept", run)
+            killed = killed_at(
+                moment, lambda: record.save_checkpoint(run, policy, optimizer, RECIPE, record.Progress(step=step), 1)
+            )
+            for place in run.glob("checkpoint-*"):
+                assert {path.relative_to(place) for path in place.rglob("*")} == whole, (run, place)
+            newest = record.checkpoints(run)[-1]
+            assert record.load_checkpoint(newest, policy, optimizer).step == int(newest.name.split("-")[1])
+            record.prepare_folder(run, newest)
+            assert not list(run.glob(".*"))
+            if not killed:
+                assert content(run) == {f"checkpoint-{step}"} and moment > 20
+                break
+
+
+def test_a_checkpoint_killed_before_any_of_its_file_operations_is_whole_or_absent(tmp_path):
+    """Every checkpoint under its name has all its files and loads, whatever moment the process died at."""
+    process = SERVER.Process(target=kill_everywhere, args=(tmp_path,))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -304,9 +304,9 @@ class Trainer:
             raise watch.CheckFailed(
                 f"the gradient of update {self.progress.updates + 1} is not finite: lower learning_rate or use autocast=bfloat16"
             )
-        warmup = self.recipe.lr_warmup_steps
+        factor = lr_factor(self.recipe, self.progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * (min(1.0, (self.progress.updates + 1) / warmup) if warmup else 1.0)
+            group["lr"] = self.recipe.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         n = self.progress.updates
@@ -399,6 +399,13 @@ class Trainer:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def lr_factor(recipe: Recipe, progress: record.Progress) -> float:
+    """The learning rate of the next update over its nominal value: warm-up by updates, decay by steps."""
+    warmup = min(1.0, (progress.updates + 1) / recipe.lr_warmup_steps) if recipe.lr_warmup_steps else 1.0
+    left = (recipe.max_steps - progress.step) / max(1.0, recipe.max_steps * (1 - recipe.lr_decay_from))
+    return warmup * min(1.0, left)
 
 
 class PolicyPredict:
