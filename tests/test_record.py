@@ -126,7 +126,8 @@ def kill_everywhere(folder: Path) -> None:
             run = folder / f"run-{step}-{moment}"
             shutil.copytree(folder / "kept", run)
             killed = killed_at(
-                moment, lambda: record.save_checkpoint(run, policy, optimizer, RECIPE, record.Progress(step=step), 1)
+                moment,
+                lambda run=run, step=step: record.save_checkpoint(run, policy, optimizer, RECIPE, record.Progress(step=step), 1),
             )
             for place in run.glob("checkpoint-*"):
                 assert {path.relative_to(place) for path in place.rglob("*")} == whole, (run, place)
