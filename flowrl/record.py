@@ -48,7 +48,7 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
     """Make the run's folder and prove that it can be written, before any weight is loaded; clear what a killed run left."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file")
-    going_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    going_on = lies_in(checkpoint, folder)
     if not going_on and (folder / "metrics.jsonl").exists():
         rest = "go on with resume_from_checkpoint=latest" if checkpoints(folder) else "remove it: it has no checkpoint"
         raise ConfigError(f"output_dir {folder} holds a run already; choose another, or {rest}")
@@ -66,6 +66,11 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
         raise ConfigError(f"output_dir {folder} cannot be written: {error.strerror}") from None
     for leftover in list(folder.rglob(f"{UNFINISHED}*")):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def lies_in(checkpoint: Path | None, folder: Path) -> bool:
+    """Whether a run in `folder` that starts from this checkpoint goes on with what is there."""
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
 def write_facts(folder: Path, recipe: Recipe) -> None:

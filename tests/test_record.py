@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -125,10 +126,8 @@ def kill_everywhere(folder: Path) -> None:
         for moment in itertools.count(1):
             run = folder / f"run-{step}-{moment}"
             shutil.copytree(folder / "kept", run)
-            killed = killed_at(
-                moment,
-                lambda run=run, step=step: record.save_checkpoint(run, policy, optimizer, RECIPE, record.Progress(step=step), 1),
-            )
+            facts = (run, policy, optimizer, RECIPE, record.Progress(step=step), 1)
+            killed = killed_at(moment, functools.partial(record.save_checkpoint, *facts))
             for place in run.glob("checkpoint-*"):
                 assert {path.relative_to(place) for path in place.rglob("*")} == whole, (run, place)
             newest = record.checkpoints(run)[-1]

@@ -97,6 +97,18 @@ def test_a_run_can_go_on_in_another_folder(tmp_path, recipe):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")} == before
 
 
+def test_going_on_at_the_end_leaves_the_checkpoint_alone(tmp_path, recipe):
+    """Writing it anew over itself would risk the only one; the result is written."""
+    argv = ["train", recipe, f"output_dir={tmp_path}/run", "max_steps=1"]
+    assert run(argv, tmp_path / "log").code == 0
+    (place,) = checkpoints(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in [place, *place.rglob("*")]}
+    (tmp_path / "run" / LORA_FILE).unlink()
+    assert run([*argv, "resume_from_checkpoint=latest"], tmp_path / "log").code == 0
+    assert {path: path.stat().st_mtime_ns for path in [place, *place.rglob("*")]} == before
+    assert (tmp_path / "run" / LORA_FILE).is_file() and lines(tmp_path / "run") == 1
+
+
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 
 

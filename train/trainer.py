@@ -107,6 +107,8 @@ class Trainer:
         if self.checkpoint:
             self.progress = record.load_checkpoint(self.checkpoint, self.policy, self.optimizer)
         self.hooks = list(hooks)
+        own = record.lies_in(self.checkpoint, self.folder)
+        self._saved = self.progress.step if own else None  # step of the newest checkpoint in the folder
         self.finished = False  # whether train() came to its end, and not to Ctrl-C
         self._interrupts = 0
 
@@ -168,7 +170,7 @@ class Trainer:
                     self.save_checkpoint()
             self.finished |= progress.step >= recipe.max_steps
             bar.close()
-            if not recipe.checkpointing_steps or progress.step % recipe.checkpointing_steps:
+            if self._saved != progress.step:
                 self.save_checkpoint()
             if self.finished:
                 self.save()
@@ -342,6 +344,7 @@ class Trainer:
                 self.progress,
                 self.recipe.checkpoints_total_limit,
             )
+        self._saved = self.progress.step
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
