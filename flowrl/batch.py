@@ -33,6 +33,8 @@ class Step:
     kernels). log_prob: (B,) fp32, mean log-density over latent dimensions under the policy that sampled. index: position in the
     schedule, 0 is the noisiest step. transition: the rule that sampled it. scale, scale_next: native over flow coordinates (see
     `flowrl.samplers.flow`), 1 for flow models. v: (B, ...) the velocity sampled from; None unless the objective asked for it.
+    owner: None, or (B,) int64 where samples share states (branches): native and v then hold the U distinct states, and sample b
+    stood in state owner[b]. One model call per distinct state serves all its samples.
     """
 
     native: Tensor
@@ -46,11 +48,24 @@ class Step:
     scale: float = 1.0
     scale_next: float = 1.0
     v: Tensor | None = None
+    owner: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
         """(B, ...) fp32, the state in flow coordinates."""
-        return self.native.float() / self.scale
+        return self.per_sample(self.native).float() / self.scale
+
+    def per_sample(self, of_states: Tensor) -> Tensor:
+        """Something of the distinct states (U, ...) for each sample (B, ...)."""
+        return of_states if self.owner is None else of_states[self.owner.to(of_states.device)]
+
+    @property
+    def first_samples(self) -> list[int]:
+        """For each distinct state, the first sample that stood in it."""
+        if self.owner is None:
+            return list(range(len(self.native)))
+        first = {u: b for b, u in reversed(list(enumerate(self.owner.tolist())))}
+        return [first[u] for u in range(len(self.native))]
 
     @property
     def x_next(self) -> Tensor:

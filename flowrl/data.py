@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from flowrl.batch import Prompt
 
@@ -68,3 +69,8 @@ def prompt_order(num_prompts: int, count: int, step: int, seed: int) -> list[int
 def sample_seed(*numbers: int) -> int:
     """A seed below 2^62 from (run seed, step, prompt, generation, ...): the same on every machine, unrelated neighbours."""
     return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def generators(seeds: Sequence[int], offset: int = 0) -> list[torch.Generator]:
+    """One CPU generator per sample: the same picture on every device and in every batch. offset separates uses of one seed."""
+    return [torch.Generator().manual_seed((int(seed) * 2 + offset) % (1 << 63)) for seed in seeds]

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.batch import Prompt, Samples, Step
-from flowrl.samplers.scheduler import Decode, Grid, Replay, Rollout, Unservable, driven, one_step_scheduler
+from flowrl.data import generators
+from flowrl.samplers.scheduler import Decode, Grid, Replay, Rollout, Trunk, Unservable, driven, one_step_scheduler
 from flowrl.samplers.transitions import ODE, Transition
 
 #: Models that come with the library, by name.
@@ -216,7 +217,7 @@ class Policy:
     def encode(self, prompts: Iterable[str]) -> None:
         """Encode prompts ahead of time, one by one; after that the text encoders are not called again for them."""
         for prompt in dict.fromkeys(prompts):
-            self._run([prompt], Decode(self.pipe), generator=_generators([0]), output_type="latent")
+            self._run([prompt], Decode(self.pipe), generator=generators([0]), output_type="latent")
 
     def rollout(
         self,
@@ -228,12 +229,17 @@ class Policy:
         init_seeds: Sequence[int] | None = None,
         group: Tensor | None = None,
         keep_velocity: bool = False,
+        latents: Tensor | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        stride: int = 1,
         **call: Any,
     ) -> Samples:
         """Sample one batch without gradient and record the stochastic steps.
 
         prompts, seeds: B each; a sample depends on its own prompt and seed only. stochastic: indices of the steps that follow
         `transition` (ODE elsewhere). init_seeds: seeds of the initial noise where they differ (shared inside a group).
+        A part of a trajectory: from `latents` (B, ...) at node `start` of the grid, over every `stride`-th node, to `stop`.
         """
         items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
         transition = transition or ODE()
@@ -242,12 +248,15 @@ class Policy:
                 f"{transition} is deterministic: no step can be stochastic; choose FlowSDE, CPS, DanceSDE or DDIM with noise"
             )
         seeds = [int(seed) for seed in seeds]
-        drive = Rollout(self.pipe, transition, list(stochastic), _generators(seeds, offset=1), keep_velocity)
+        drive = Rollout(self.pipe, transition, list(stochastic), generators(seeds, offset=1), keep_velocity, start, stop, stride)
+        partial = latents is not None or stop is not None
         final: list[Tensor] = []
         if "callback_on_step_end" in self._parameters:  # sees the state after the pipeline's own edits (inpainting blends)
 
             def keep_latents(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
                 final[:] = [kwargs["latents"]]
+                if partial and drive.latents is not None and not torch.equal(final[0], drive.latents):
+                    raise Unservable(f"{self.name} edits its latents after each step, which a trajectory in parts would miss")
                 return kwargs
 
             call = {**call, "callback_on_step_end": keep_latents}
@@ -255,31 +264,52 @@ class Policy:
             self._run(
                 [item.text for item in items],
                 drive,
-                generator=_generators(init_seeds or seeds),
+                latents,
+                generator=generators(init_seeds or seeds),
                 output_type="latent",
                 **call,
             )
         groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
-        latents = final[0] if final else drive.latents
-        assert latents is not None
-        return Samples(prompts=items, seeds=seeds, group=groups, latents=latents, steps=drive.steps)
+        result = final[0] if final else drive.latents
+        assert result is not None
+        return Samples(prompts=items, seeds=seeds, group=groups, latents=result, steps=drive.steps)
+
+    def trunk(
+        self,
+        prompts: Sequence[str | Prompt],
+        init_seeds: Sequence[int],
+        node: int,
+        latents: Tensor | None = None,
+        start: int = 0,
+        **call: Any,
+    ) -> tuple[Tensor, Tensor, Grid]:
+        """Follow the ODE to a node of the grid, without gradient: the state there and its velocity, both (B, ...), and the grid.
+
+        From the noise of `init_seeds`, or from `latents` at node `start`. Where branches part (`flowrl.samplers.branching`).
+        """
+        drive = Trunk(self.pipe, start, node)
+        with torch.no_grad():
+            texts = [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+            self._run(texts, drive, latents, generator=generators(init_seeds), output_type="latent", **call)
+        return drive.native, drive.velocity, drive.grid
 
     def velocity(self, prompts: Sequence[str], at: Step | Tensor, t: Tensor | None = None, **call: Any) -> Tensor:
         """The velocity v = eps - x0, (B, ...), with graph where gradients are enabled.
 
-        at: a recorded step (bit-equal to the rollout's v for the same batch), or a state in flow coordinates (B, ...) with its
-        times t (B,) in (0, 1].
+        at: a recorded step (bit-equal to the rollout's v for the same batch; states that several samples share are evaluated
+        once), or a state in flow coordinates (B, ...) with its times t (B,) in (0, 1].
         """
         if isinstance(at, Step):
             drive, native = Replay(self.pipe, index=at.index), at.native
+            prompts = [prompts[b] for b in at.first_samples]
         else:
             assert t is not None, "a state needs its times"
             drive = Replay(self.pipe, t=t)
             native = self.grid(**call).to_native(at, t, self._state_dtype)
-        self._run(prompts, drive, native, generator=_generators([0] * len(prompts)), output_type="latent", **call)
+        self._run(prompts, drive, native, generator=generators([0] * len(prompts)), output_type="latent", **call)
         if drive.velocity is None:
             raise Unservable(f"{self.name} did not call its scheduler at the requested step")
-        return drive.velocity
+        return at.per_sample(drive.velocity) if isinstance(at, Step) else drive.velocity
 
     def decode(
         self, samples: Samples | Tensor, prompts: Sequence[str] | None = None, batch_size: int = 32, **call: Any
@@ -296,7 +326,7 @@ class Policy:
                     texts[part],
                     Decode(self.pipe),
                     latents[part],
-                    generator=_generators(seeds),
+                    generator=generators(seeds),
                     output_type="pt",
                     autocast=False,
                     **call,
@@ -308,7 +338,7 @@ class Policy:
         """The time grid of a call, without running the denoiser."""
         drive = Decode(self.pipe)
         with torch.no_grad():
-            self._run([""], drive, generator=_generators([0]), output_type="latent", **call)
+            self._run([""], drive, generator=generators([0]), output_type="latent", **call)
         return drive.grid
 
     def _run(self, prompts: Sequence[str], drive: Any, latents: Tensor | None = None, autocast: bool = True, **call: Any) -> Any:
@@ -415,11 +445,6 @@ def _check_servable(pipe: Any) -> None:
             raise Unservable(f"{name} has no {attribute}: the seam has nothing to hold on to")
     if not any(getattr(pipe, denoiser, None) is not None for denoiser in DENOISERS):
         raise Unservable(f"{name} has none of {', '.join(DENOISERS)}")
-
-
-def _generators(seeds: Sequence[int], offset: int = 0) -> list[torch.Generator]:
-    """One CPU generator per sample: the same picture on every device and in every batch. offset separates uses of one seed."""
-    return [torch.Generator().manual_seed((int(seed) * 2 + offset) % (1 << 63)) for seed in seeds]
 
 
 class _PromptMemo:

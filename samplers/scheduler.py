@@ -1,9 +1,10 @@
 """The seam: a diffusers pipeline driven from inside, through its scheduler.
 
-A pipeline's own `__call__` is the policy. We hand it a scheduler of its own class whose loop is driven by one of three
+A pipeline's own `__call__` is the policy. We hand it a scheduler of its own class whose loop is driven by one of four
 drives, and nothing of the pipeline is copied:
 
     Rollout   serve every step, replace the solver's rule by a `Transition`, record the stochastic steps
+    Trunk     serve the first steps by the ODE, hand back the state there and its velocity, stop the call
     Replay    serve exactly one step at an injected state, hand back the model output with its graph, stop the call
     Decode    serve no step at all: the call's tail decodes the injected latents
 
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from flowrl.batch import Step
 from flowrl.samplers import flow
-from flowrl.samplers.transitions import Transition
+from flowrl.samplers.transitions import ODE, Transition
 
 
 class Unservable(ValueError):
@@ -77,6 +79,12 @@ class Grid:
     def velocity(self, native: Tensor, output: Tensor, t: float | Tensor) -> Tensor:
         """The model's output as a flow velocity v = eps - x0, (B, ...)."""
         return output if self.is_flow else flow.vp_velocity(native, output, t, self.prediction)
+
+    def ode_step(self, native: Tensor, v: Tensor, i: int, following: int) -> Tensor:
+        """Euler's step of the flow from node i to node `following`, in the pipeline's coordinates."""
+        t, t_next = self.t[i], self.t[following]
+        x = native.float() / self.scale(t) - (t - t_next) * v.float()
+        return (self.scale(t_next) * x).to(native.dtype)
 
     def model_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """What to tell the model for flow times t (B,), and the flow times that this really means.
@@ -177,7 +185,7 @@ class Row(torch.Tensor):
 
 
 class Drive:
-    """Base of the three drives: knows the pipeline, the grid once it is set, and the step that is being served."""
+    """Base of the drives: knows the pipeline, the grid once it is set, and the step that is being served."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -192,6 +200,18 @@ class Drive:
     def iterate(self, timesteps: Tensor, offset: int) -> Iterator[Tensor]:
         raise NotImplementedError
 
+    def only(self, served: Container[int], timesteps: Tensor, offset: int) -> Iterator[Tensor]:
+        """Run the steps in `served`; the pipeline passes over the others, where it can be told to, or never sees them."""
+        interruptible = hasattr(type(self.pipe), "interrupt")
+        for i, t in enumerate(timesteps, offset):
+            if i in served:
+                self.index = self.scheduler._step_index = i
+            elif not interruptible:
+                continue
+            self.pipe._interrupt = i not in served
+            yield t
+        self.pipe._interrupt = False
+
     def step(self, output: Tensor, native: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -200,6 +220,7 @@ class Rollout(Drive):
     """Sample a trajectory. Steps in `stochastic` follow `transition` and are recorded; the others are Euler's ODE.
 
     generators: one per sample, for the noise of the steps. keep_velocity: store v with each step.
+    start, stop, stride: visit only the grid's nodes start, start + stride, ..., stop (the end unless given), in as many steps.
     """
 
     def __init__(
@@ -209,50 +230,86 @@ class Rollout(Drive):
         stochastic: list[int],
         generators: list[torch.Generator],
         keep_velocity: bool = False,
+        start: int = 0,
+        stop: int | None = None,
+        stride: int = 1,
     ):
         super().__init__(pipe)
         self.transition, self.stochastic, self.generators = transition, frozenset(stochastic), generators
         self.keep_velocity = keep_velocity
+        self.start, self.stop, self.stride = start, stop, stride
         self.steps: list[Step] = []
         self.latents: Tensor | None = None
 
     def iterate(self, timesteps: Tensor, offset: int) -> Iterator[Tensor]:
-        for i, t in enumerate(timesteps):
-            self.index = self.scheduler._step_index = i + offset
-            yield t
+        end = len(self.grid.t) - 1 if self.stop is None else self.stop
+        nodes = [*range(self.start, end, self.stride), end]
+        self.following = dict(itertools.pairwise(nodes))
+        return self.only(self.following, timesteps, offset)
 
     def step(self, output: Tensor, native: Tensor) -> Tensor:
         grid, i = self.grid, self.index
-        t, t_next = grid.t[i], grid.t[i + 1]
-        scale, scale_next = grid.scale(t), grid.scale(t_next)
-        x = native.float() / scale
-        v = grid.velocity(native, output, t)
+        following = self.following[i]
+        v = grid.velocity(native, output, grid.t[i])
         if i not in self.stochastic:
-            self.latents = (scale_next * (x - (t - t_next) * v.float())).to(native.dtype)
+            self.latents = grid.ode_step(native, v, i, following)
             return self.latents
-        gaussian = self.transition.transition(x, v, t, t_next, grid.t_max)
         noise = randn_tensor(native.shape, generator=self.generators, device=native.device, dtype=torch.float32)
-        # Rounded to the loop's dtype before its log-prob is taken: a replay reads the rounded state.
-        self.latents = (scale_next * gaussian.sample(noise)).to(native.dtype)
+        step = stochastic_step(grid, self.transition, native, v, i, following, noise)
         # Clones: some pipelines write the next state in place.
         before = self.steps[-1] if self.steps and self.steps[-1].index == i - 1 else None
         shared = before.native_next if before is not None and torch.equal(before.native_next, native) else None
-        step = Step(
-            native=native.clone() if shared is None else shared,
-            native_next=self.latents.clone(),
-            t=t,
-            t_next=t_next,
-            t_max=grid.t_max,
-            log_prob=torch.empty(0),
-            index=i,
-            transition=self.transition,
-            scale=scale,
-            scale_next=scale_next,
-            v=v.clone() if self.keep_velocity else None,
-        )
-        step.log_prob = gaussian.log_prob(step.x_next)
+        step.native = native.clone() if shared is None else shared
+        self.latents, step.native_next = step.native_next, step.native_next.clone()
+        step.v = v.clone() if self.keep_velocity else None
         self.steps.append(step)
         return self.latents
+
+
+class Trunk(Rollout):
+    """Walk the ODE to node `stop`, look there, and stop the call. native, velocity: (B, ...), the state and the model's answer."""
+
+    native: Tensor
+    velocity: Tensor
+
+    def __init__(self, pipe: Any, start: int, stop: int):
+        super().__init__(pipe, ODE(), [], [], start=start, stop=stop + 1)
+        self.node = stop
+
+    def step(self, output: Tensor, native: Tensor) -> Tensor:
+        if self.index < self.node:
+            return super().step(output, native)
+        self.native, self.velocity = native.clone(), self.grid.velocity(native, output, self.grid.t[self.index])
+        raise _Recorded
+
+
+def stochastic_step(
+    grid: Grid, transition: Transition, native: Tensor, v: Tensor, i: int, following: int, noise: Tensor,
+    owner: Tensor | None = None,
+) -> Step:  # fmt: skip
+    """Draw the next states from node i to node `following` and record them. native, v: (U, ...) the distinct states.
+
+    noise: (B, ...) fp32, one per sample; owner: (B,) the state of each sample where several share one, else B = U.
+    """
+    t, t_next = grid.t[i], grid.t[following]
+    step = Step(
+        native=native,
+        native_next=native,
+        t=t,
+        t_next=t_next,
+        t_max=grid.t_max,
+        log_prob=torch.empty(0),
+        index=i,
+        transition=transition,
+        scale=grid.scale(t),
+        scale_next=grid.scale(t_next),
+        owner=owner,
+    )
+    gaussian = step.gaussian(step.per_sample(v))
+    # Rounded to the loop's dtype before its log-prob is taken: a replay reads the rounded state.
+    step.native_next = (step.scale_next * gaussian.sample(noise)).to(native.dtype)
+    step.log_prob = gaussian.log_prob(step.x_next)
+    return step
 
 
 class Replay(Drive):
@@ -277,18 +334,10 @@ class Replay(Drive):
         return schedule
 
     def iterate(self, timesteps: Tensor, offset: int) -> Iterator[Tensor]:
-        interruptible = hasattr(type(self.pipe), "interrupt")
-        for i, t in enumerate(timesteps, offset):
-            serving = i == self.target
-            if not serving and not interruptible:
-                continue
-            self.pipe._interrupt = not serving
-            if serving:
-                self.index = self.scheduler._step_index = i
-                if self.times is not None:
-                    t = self.grid.model_time(self.times)[0].to(t.device).as_subclass(Row)
+        for t in self.only([self.target], timesteps, offset):
+            if self.times is not None:
+                t = self.grid.model_time(self.times)[0].to(t.device).as_subclass(Row)
             yield t
-        self.pipe._interrupt = False
 
     def step(self, output: Tensor, native: Tensor) -> Tensor:
         t = self.grid.t[self.index] if self.times is None else self.grid.model_time(self.times)[1]

@@ -226,7 +226,8 @@ def test_reward_weights_of_the_recipe(recipe, tmp_path):
 def test_shared_initial_noise(recipe, tmp_path):
     """init_noise=shared: the members of a group start from the same noise and part at the first stochastic step."""
     (batch,) = make(recipe, tmp_path, "init_noise=shared").rollout(0)
-    first = batch.steps[0].native
+    assert len(batch.steps[0].native) == 2  # one state per group, evaluated once
+    first = batch.steps[0].per_sample(batch.steps[0].native)
     assert batch.group.tolist() == [0, 0, 1, 1]
     assert torch.equal(first[0], first[1]) and torch.equal(first[2], first[3]) and not torch.equal(first[1], first[2])
     assert not torch.equal(batch.latents[0], batch.latents[1])

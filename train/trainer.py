@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from flowrl.evaluate import Protocol, evaluate
 from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.reward_models.base import Reward, load_reward, score
 from flowrl.samplers import SCHEDULES, TRANSITIONS, Transition
+from flowrl.samplers.branching import branched_rollout
 from flowrl.train import watch
 from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
 from flowrl.train.objectives import OBJECTIVES
@@ -224,12 +226,14 @@ class Trainer:
         batches = []
         for start in range(0, len(items), self.plan.batch_size):
             part = items[start : start + self.plan.batch_size]
-            shared = recipe.init_noise == "shared"
+            draw: Any = self.policy.rollout
+            if recipe.init_noise == "shared":
+                init_seeds = [sample_seed(recipe.seed, step, position) for position, _ in part]
+                draw = partial(branched_rollout, self.policy, init_seeds=init_seeds)
             batches.append(
-                self.policy.rollout(
+                draw(
                     [self.prompts[order[position]] for position, _ in part],
                     [sample_seed(recipe.seed, step, position, g) for position, g in part],
-                    init_seeds=[sample_seed(recipe.seed, step, position) for position, _ in part] if shared else None,
                     transition=self.transition,
                     stochastic=stochastic,
                     group=torch.tensor([step * recipe.prompts_per_step + position for position, _ in part]),
