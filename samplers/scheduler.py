@@ -267,7 +267,7 @@ class Rollout(Drive):
 
 
 class Trunk(Rollout):
-    """Walk the ODE to node `stop`, look there, and stop the call. native, velocity: (B, ...), the state and the model's answer."""
+    """Walk the ODE to node `stop`, look there, and stop the call. native, velocity: (B, ...), the state and the answer."""
 
     native: Tensor
     velocity: Tensor
