@@ -312,13 +312,21 @@ class Policy:
         return at.per_sample(drive.velocity) if isinstance(at, Step) else drive.velocity
 
     def decode(
-        self, samples: Samples | Tensor, prompts: Sequence[str] | None = None, batch_size: int = 32, **call: Any
+        self,
+        samples: Samples | Tensor,
+        prompts: Sequence[str] | None = None,
+        batch_size: int = 32,
+        with_graph: bool = False,
+        **call: Any,
     ) -> Tensor:
-        """Latents to pictures (N, 3, H, W) or clips (N, F, 3, H, W), fp32 in [0, 1], by the pipeline's own tail."""
+        """Latents to pictures (N, 3, H, W) or clips (N, F, 3, H, W), fp32 in [0, 1], by the pipeline's own tail.
+
+        with_graph: let the gradient of the pictures reach the latents.
+        """
         latents = samples.latents if isinstance(samples, Samples) else samples
         texts = list(samples.texts if isinstance(samples, Samples) else prompts or [""] * len(latents))
         parts = []
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_graph):
             for start in range(0, len(latents), batch_size):
                 part = slice(start, start + batch_size)
                 seeds = [0] * len(texts[part])

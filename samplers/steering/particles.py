@@ -1,0 +1,224 @@
+"""Particle methods: N weighted samples of each prompt, resampled on the way.
+
+    FK        potentials at a few times, from the reward of x0_hat: no gradient
+    Twisted   the same with proposals that follow the reward's gradient: needs a gradient through the denoiser
+    FlowMap   gradient drift from a look-ahead along the ODE, repaired by exact weights
+
+Weights live in log space, per particle, and are carried until a resampling resets them. Resampling copies particles; whatever
+belongs to a particle is gathered with it, only its noise stream stays with its place, so that copies part at the next step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowrl.samplers.flow import x0_from
+from flowrl.samplers.steering.loop import (
+    History,
+    Model,
+    Outcome,
+    advance,
+    check_positive,
+    check_strength,
+    gather,
+    strength_of,
+    transition_of,
+)
+from flowrl.samplers.transitions import CPS, Transition
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def ess(log_weights: Tensor) -> Tensor:
+    """Effective sample size (sum w)^2 / sum w^2, (P,). log_weights: (P, N)."""
+    return (2 * log_weights.logsumexp(1) - (2 * log_weights).logsumexp(1)).exp()
+
+
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """log(1/N sum w), (P,)."""
+    return log_weights.logsumexp(1) - math.log(log_weights.shape[1])
+
+
+def systematic(weights: Tensor, u: Tensor) -> Tensor:
+    """Ancestors (P, N): one uniform number per prompt, positions (u + i) / N. Particle i gets floor or ceil of N W_i copies.
+
+    weights: (P, N), rows adding up to 1; u: (P, 1) in [0, 1).
+    """
+    return _at((u + torch.arange(weights.shape[1], device=u.device)) / weights.shape[1], weights)
+
+
+def stratified(weights: Tensor, u: Tensor) -> Tensor:
+    """Ancestors (P, N): one uniform number per particle, positions (u_i + i) / N. u: (P, N)."""
+    return systematic(weights, u)
+
+
+def multinomial(weights: Tensor, u: Tensor) -> Tensor:
+    """Ancestors (P, N): independent draws, the noisiest. u: (P, N)."""
+    return _at(u.sort(1).values, weights)
+
+
+def _at(positions: Tensor, weights: Tensor) -> Tensor:
+    cumulative = weights.double().cumsum(1)
+    cumulative = cumulative / cumulative[:, -1:]
+    # Below the last edge, whatever rounding did: a position of exactly 1 would point behind the last particle.
+    return torch.searchsorted(cumulative, positions.double(), right=True).clamp(max=weights.shape[1] - 1)
+
+
+RESAMPLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "systematic": systematic,
+    "stratified": stratified,
+    "multinomial": multinomial,
+}
+
+
+@dataclass
+class Weights:
+    """log_weights: (P, N), carried; log_z: (P,), what resamplings have already moved out of them."""
+
+    log_weights: Tensor
+    log_z: Tensor
+    history: History
+
+    @classmethod
+    def start(cls, prompts: int, n: int, device: torch.device) -> Weights:
+        return cls(
+            torch.zeros(prompts, n, dtype=torch.float64, device=device),
+            torch.zeros(prompts, dtype=torch.float64, device=device),
+            History(),
+        )
+
+    def resample(self, model: Model, t: float, threshold: float, scheme: str) -> Tensor:
+        """Ancestors (P, N): resampled where ESS < threshold N, the identity elsewhere. Their weights are then reset."""
+        p, n = self.log_weights.shape
+        size = ess(self.log_weights)
+        low = size < threshold * n
+        ancestors = torch.arange(n, device=low.device).repeat(p, 1)
+        if bool(low.any()):
+            u = model.draw_uniform(1 if scheme == "systematic" else n).to(low.device)
+            ancestors = torch.where(low[:, None], RESAMPLING[scheme](self.log_weights.softmax(1), u), ancestors)
+            self.log_z = self.log_z + torch.where(low, log_mean_exp(self.log_weights), 0.0)
+            self.log_weights = torch.where(low[:, None], 0.0, self.log_weights)
+        self.history.add(t, size, ancestors)
+        return ancestors
+
+    def outcome(self, model: Model, state: Tensor, rewards: Tensor, strength: float, returned: str) -> Outcome:
+        """Choose by reward, or draw by weight, which returns a sample of the tilted law."""
+        n = rewards.shape[1]
+        self.history.add(model.t[-1], ess(self.log_weights), torch.arange(n).repeat(len(rewards), 1))
+        if returned == "best":
+            chosen = rewards.argmax(1)
+        else:
+            u = model.draw_uniform(1).to(state.device)
+            chosen = _at(u, self.log_weights.softmax(1))[:, 0]
+        log_z = self.log_z + log_mean_exp(self.log_weights)
+        return Outcome(state, rewards, chosen, self.log_weights, log_z, strength, self.history)
+
+
+# ------------------------------------------------------------------------------------------------ FK steering
+
+
+@dataclass
+class Past:
+    """What a particle remembers of lam r at its ancestors' checkpoints, each (P, N): the sum of its log potentials, the highest
+    value, the sum of the values. All zero, or minus infinity, before the first."""
+
+    spent: Tensor
+    highest: Tensor
+    total: Tensor
+
+    def gathered(self, ancestors: Tensor) -> Past:
+        return Past(gather(self.spent, ancestors), gather(self.highest, ancestors), gather(self.total, ancestors))
+
+
+def difference(value: Tensor, past: Past) -> Tensor:
+    """log G_k = lam (r_k - r_{k-1}), r_0 = 0: the potentials so far always add up to the last value."""
+    return value - past.spent
+
+
+def maximum(value: Tensor, past: Past) -> Tensor:
+    """log G_k = lam max_{j <= k} r_j."""
+    return past.highest
+
+
+def total(value: Tensor, past: Past) -> Tensor:
+    """log G_k = lam sum_{j <= k} r_j."""
+    return past.total
+
+
+POTENTIALS: dict[str, Callable[[Tensor, Past], Tensor]] = {"difference": difference, "max": maximum, "sum": total}
+
+
+@dataclass(frozen=True)
+class FK:
+    """Feynman-Kac steering, arXiv 2501.06848: potentials G_k with prod_k G_k = exp(lam r(x0)), whatever G_k before the last.
+
+    The last potential is exact: G_K = exp(lam r(x0)) / prod_{k < K} G_k. So every choice of potential has the same target, and
+    they differ in when weights decide. Copies of a particle part only by noise: the transition must not be deterministic.
+    """
+
+    particles: int = 8  #: N. Denoiser calls are N times those of one sample. In use: 4 to 8.
+    tilt_strength: float | None = None  #: lam. By default lam r spreads by 1.5 over base samples, drawn first and counted.
+    potential: Literal["difference", "max", "sum"] = "difference"  #: When the reward decides: its rise, highest value, or sum.
+    checkpoints: int = 4  #: Looks at x0_hat on the way, evenly spaced in steps; each decodes and scores N pictures.
+    t_from: float = 0.8  #: Time of the first checkpoint at the earliest: pictures at higher noise say little.
+    t_to: float = 0.2  #: Time of the last checkpoint at the latest: copies made later hardly differ.
+    ess: float = 0.5  #: Resample where the effective sample size falls below this part of N; 1 always, 0 never.
+    resampling: Literal["systematic", "stratified", "multinomial"] = "systematic"  #: How ancestors are drawn.
+    transition: Transition = CPS(0.8)  #: The noisy step, or its name, or {name: cps, noise_level: 0.7}.
+    returned: Literal["best", "sample"] = "best"  #: The particle of highest reward, or one drawn by its weight.
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transition", transition_of(self.transition))
+        check_positive(particles=self.particles)
+        check_strength(self.tilt_strength)
+        check_choices(self)
+        if self.checkpoints < 0:
+            raise ValueError(f"checkpoints={self.checkpoints} must not be negative: 0 weighs only the finished samples")
+        if not 0 <= self.t_to <= self.t_from <= 1:
+            raise ValueError(f"t_from={self.t_from}, t_to={self.t_to}: checkpoints lie between 1 >= t_from >= t_to >= 0")
+
+    def run(self, model: Model) -> Outcome:
+        if self.transition.deterministic and self.particles > 1:
+            raise ValueError(f"{self.transition} is deterministic: copies of a particle would never part; try transition=cps")
+        lam, n = strength_of(model, self.tilt_strength), self.particles
+        state = model.start(n)
+        weights = Weights.start(len(model.prompts), n, state.device)
+        none = torch.zeros_like(weights.log_weights)
+        past = Past(none, none - torch.inf, none)
+        looks = checkpoint_nodes(model.t, self.checkpoints, self.t_from, self.t_to) if lam else []
+        for i in range(model.steps):
+            v = model.velocity(state, i)
+            if i in looks:
+                value = lam * model.reward(x0_from(model.flow(state, i), v, model.t[i])).double()
+                past.highest, past.total = torch.maximum(past.highest, value), past.total + value
+                log_g = POTENTIALS[self.potential](value, past)
+                past.spent = past.spent + log_g
+                weights.log_weights = weights.log_weights + log_g
+                ancestors = weights.resample(model, model.t[i], self.ess, self.resampling)
+                state, v, past = gather(state, ancestors), gather(v, ancestors), past.gathered(ancestors)
+            state = advance(model, state, v, i, self.transition)
+        rewards = model.reward(model.flow(state, model.steps))
+        weights.log_weights = weights.log_weights + lam * rewards.double() - past.spent
+        return weights.outcome(model, state, rewards, lam, self.returned)
+
+
+def checkpoint_nodes(t: list[float], count: int, t_from: float, t_to: float) -> list[int]:
+    """`count` nodes, evenly spaced among those with t_from >= t >= t_to; all of them where there are fewer."""
+    inside = [i for i, time in enumerate(t[:-1]) if t_to - 1e-6 <= time <= t_from + 1e-6]
+    count = min(count, len(inside))
+    return sorted({inside[round(k * (len(inside) - 1) / max(1, count - 1))] for k in range(count)})
+
+
+def check_choices(method: FK) -> None:
+    if not 0 <= method.ess <= 1:
+        raise ValueError(f"ess={method.ess} is a part of the particles, in [0, 1]: try 0.5")
+    if method.resampling not in RESAMPLING:
+        raise ValueError(f"resampling={method.resampling!r} is unknown: known are {', '.join(RESAMPLING)}")
+    if method.returned not in ("best", "sample"):
+        raise ValueError(f"returned={method.returned!r} is unknown: known are best, sample")
