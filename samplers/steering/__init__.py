@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
+from flowrl.samplers.steering.children import Doob
+from flowrl.samplers.steering.euphonium import Euphonium, guided_rollout
 from flowrl.samplers.steering.genealogy import genealogy_picture
+from flowrl.samplers.steering.guidance import Guidance
 from flowrl.samplers.steering.loop import Counts, History, Model, Outcome, Steering, gather
-from flowrl.samplers.steering.particles import FK
+from flowrl.samplers.steering.particles import FK, FlowMap, Twisted
 from flowrl.samplers.steering.pipeline import PolicyModel
-from flowrl.samplers.steering.search import BestOfN
+from flowrl.samplers.steering.search import BestOfN, Paths, Rollover, ZeroOrder
 
 if TYPE_CHECKING:
     from flowrl.policy import Policy
@@ -27,7 +30,14 @@ if TYPE_CHECKING:
 #: Methods by the name that the command line uses.
 STEERS: dict[str, type] = {
     "best_of_n": BestOfN,
+    "zero_order": ZeroOrder,
+    "paths": Paths,
+    "rollover": Rollover,
     "fk": FK,
+    "doob": Doob,
+    "flow_map": FlowMap,
+    "twisted": Twisted,
+    "guidance": Guidance,
 }
 
 
@@ -134,12 +144,21 @@ __all__ = [
     "STEERS",
     "BestOfN",
     "Counts",
+    "Doob",
+    "Euphonium",
+    "FlowMap",
+    "Guidance",
     "Model",
     "Outcome",
+    "Paths",
     "PolicyModel",
     "Report",
+    "Rollover",
     "SteeredSamples",
     "Steering",
+    "Twisted",
+    "ZeroOrder",
     "genealogy_picture",
+    "guided_rollout",
     "steer",
 ]

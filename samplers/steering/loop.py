@@ -8,16 +8,21 @@ makes a method without strength equal to the plain sampler bit for bit.
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flowrl.samplers.steering.tilt import auto_strength
-from flowrl.samplers.transitions import ODE, TRANSITIONS, Transition
+from flowrl.samplers.transitions import GLASS, ODE, TRANSITIONS, Transition
+
+#: How particles go from node to node. GLASS asks the denoiser several times per step and has no density.
+Move: TypeAlias = Transition | GLASS
+MOVES: dict[str, type] = {**TRANSITIONS, "glass": GLASS}
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Model(ABC):
 
     @abstractmethod
     def score(self, x0: Tensor) -> Tensor:
-        """Reward of clean samples, (P, n), NaN where it abstains, with graph where gradients are enabled. x0: flow coordinates."""
+        """Reward of clean samples x0 (flow coordinates), (P, n), NaN where it abstains; with graph where gradients are on."""
 
     def score_noisy(self, x: Tensor, t: float) -> Tensor:
         """A process reward's score of noisy states, (P, n), with graph. x: flow coordinates."""
@@ -137,6 +142,17 @@ class Model(ABC):
         self.counts.reward_calls += x.shape[0] * x.shape[1]
         return self._checked(self.score_noisy(x, t))
 
+    def flow_map(self, x: Tensor, v: Tensor, t: float, steps: int) -> Tensor:
+        """Where the ODE leads from (x, t), (P, n, ...), in Euler steps of equal length; v is the velocity there, already known.
+
+        A generator with a distilled map overrides this.
+        """
+        times = [t * (1 - k / steps) for k in range(steps + 1)]
+        x = x - (times[0] - times[1]) * v.float()
+        for s, s_next in itertools.pairwise(times[1:]):
+            x = x - (s - s_next) * self.velocity_at(x, s).float()
+        return x
+
     def _checked(self, rewards: Tensor) -> Tensor:
         bad = (~rewards.detach().isfinite()).any(1).nonzero()
         if len(bad):
@@ -147,17 +163,23 @@ class Model(ABC):
         return rewards
 
 
-def advance(model: Model, state: Tensor, v: Tensor, node: int, transition: Transition, shift: Tensor | None = None) -> Tensor:
-    """One step from a node to the next: the transition where it draws noise, Euler's ODE elsewhere and always at the end.
+def draws_noise(move: Move) -> bool:
+    return isinstance(move, GLASS) or not move.deterministic
+
+
+def stochastic(model: Model, node: int, move: Move) -> bool:
+    """Does the step from this node draw noise? The last one does not, except with GLASS, which keeps the marginals there too."""
+    return isinstance(move, GLASS) or (draws_noise(move) and node < model.steps - 1)
+
+
+def advance(model: Model, state: Tensor, v: Tensor, node: int, move: Move, shift: Tensor | None = None) -> Tensor:
+    """One step from a node to the next: by `move` where it draws noise, by Euler's ODE elsewhere and at the end.
 
     shift: (P, N, ...) added to the mean of a stochastic step.
     """
-    noise = None if deterministic(model, node, transition) else model.draw_noise(state)
-    return place(model, state, v, node, transition, noise, shift)
-
-
-def deterministic(model: Model, node: int, transition: Transition) -> bool:
-    return transition.deterministic or node == model.steps - 1
+    if isinstance(move, GLASS):
+        return inner_flow(model, state, v, node, move)
+    return place(model, state, v, node, move, model.draw_noise(state) if stochastic(model, node, move) else None, shift)
 
 
 def place(
@@ -173,10 +195,21 @@ def place(
     return model.native(x_next if shift is None else x_next + shift, node + 1)
 
 
-def finish(model: Model, state: Tensor, node: int, transition: Transition) -> Tensor:
+def inner_flow(model: Model, state: Tensor, v: Tensor, node: int, move: GLASS) -> Tensor:
+    """A step of GLASS. Its first question to the denoiser is the one that v answers."""
+    known = [v]
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return known.pop() if known else model.velocity_at(x, float(t.flatten()[0]))
+
+    x, noise = model.flow(state, node), model.draw_noise(state)
+    return model.native(move.sample(velocity, x, model.t[node], model.t[node + 1], noise), node + 1)
+
+
+def finish(model: Model, state: Tensor, node: int, move: Move) -> Tensor:
     """From a node to the end, (P, N, ...)."""
     for i in range(node, model.steps):
-        state = advance(model, state, model.velocity(state, i), i, transition)
+        state = advance(model, state, model.velocity(state, i), i, move)
     return state
 
 
@@ -198,7 +231,7 @@ def gather(of_particles: Tensor, ancestors: Tensor) -> Tensor:
 
 @dataclass
 class History:
-    """Who descended from whom. t: times of the events; ess: (P,) each; ancestors: (P, N) each, the identity where nobody moved."""
+    """Who descended from whom. t: times of the events; ess: (P,) each; ancestors: (P, N) each, the identity if nobody moved."""
 
     t: list[float] = field(default_factory=list)
     ess: list[Tensor] = field(default_factory=list)
@@ -249,25 +282,38 @@ def best(state: Tensor, rewards: Tensor, history: History | None = None, strengt
 # ------------------------------------------------------------------------------------------------ checks of options
 
 
-def transition_of(value: Any) -> Transition:
-    """A transition from itself, its name, or a mapping {name: cps, noise_level: 0.7}. Raises ValueError in one sentence."""
+def move_of(value: Any) -> Any:
+    """A move from itself, its name, or a mapping {name: cps, noise_level: 0.7}. Raises ValueError in one sentence."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
         return value
     options = {key: option for key, option in value.items() if key != "name"}
-    if value.get("name") not in TRANSITIONS:
-        raise ValueError(f"transition {value.get('name')!r} is unknown: known are {', '.join(TRANSITIONS)}")
+    if value.get("name") not in MOVES:
+        raise ValueError(f"transition {value.get('name')!r} is unknown: known are {', '.join(MOVES)}")
     try:
-        return TRANSITIONS[value["name"]](**options)
+        return MOVES[value["name"]](**options)
     except TypeError as error:
         raise ValueError(f"transition {value['name']!r}: {error}") from None
+
+
+def check_noisy(move: Move, gaussian: bool = False) -> None:
+    """gaussian: the method needs the mean and the std of the step."""
+    if not draws_noise(move):
+        raise ValueError(f"{move} is deterministic: copies of a particle would never part; try transition=cps")
+    if gaussian and isinstance(move, GLASS):
+        raise ValueError(f"{move} has no density, which this method needs; try transition=ddim")
 
 
 def check_positive(**options: float) -> None:
     for name, value in options.items():
         if not value > 0:
             raise ValueError(f"{name}={value} must be positive")
+
+
+def check_times(t_from: float, t_to: float) -> None:
+    if not 0 <= t_to <= t_from <= 1:
+        raise ValueError(f"t_from={t_from}, t_to={t_to}: the window must satisfy 1 >= t_from >= t_to >= 0")
 
 
 def check_strength(tilt_strength: float | None) -> None:

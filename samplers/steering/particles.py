@@ -19,18 +19,25 @@ import torch
 from torch import Tensor
 
 from flowrl.samplers.flow import x0_from
+from flowrl.samplers.steering.guidance import differentiate, over, through_denoiser
 from flowrl.samplers.steering.loop import (
     History,
     Model,
+    Move,
     Outcome,
     advance,
+    check_noisy,
     check_positive,
     check_strength,
+    check_times,
     gather,
+    move_of,
+    place,
+    stochastic,
     strength_of,
-    transition_of,
 )
-from flowrl.samplers.transitions import CPS, Transition
+from flowrl.samplers.steering.tilt import doob_shift, langevin_shift
+from flowrl.samplers.transitions import CPS, DDIM, FlowSDE, Transition
 
 # ------------------------------------------------------------------------------------------------ weights
 
@@ -170,22 +177,20 @@ class FK:
     t_to: float = 0.2  #: Time of the last checkpoint at the latest: copies made later hardly differ.
     ess: float = 0.5  #: Resample where the effective sample size falls below this part of N; 1 always, 0 never.
     resampling: Literal["systematic", "stratified", "multinomial"] = "systematic"  #: How ancestors are drawn.
-    transition: Transition = CPS(0.8)  #: The noisy step, or its name, or {name: cps, noise_level: 0.7}.
+    transition: Move = CPS(0.8)  #: The noisy step, or its name, or {name: cps, noise_level: 0.7}; glass keeps the ODE's quality.
     returned: Literal["best", "sample"] = "best"  #: The particle of highest reward, or one drawn by its weight.
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "transition", transition_of(self.transition))
+        object.__setattr__(self, "transition", move_of(self.transition))
         check_positive(particles=self.particles)
         check_strength(self.tilt_strength)
         check_choices(self)
+        check_noisy(self.transition)
         if self.checkpoints < 0:
             raise ValueError(f"checkpoints={self.checkpoints} must not be negative: 0 weighs only the finished samples")
-        if not 0 <= self.t_to <= self.t_from <= 1:
-            raise ValueError(f"t_from={self.t_from}, t_to={self.t_to}: checkpoints lie between 1 >= t_from >= t_to >= 0")
+        check_times(self.t_from, self.t_to)
 
     def run(self, model: Model) -> Outcome:
-        if self.transition.deterministic and self.particles > 1:
-            raise ValueError(f"{self.transition} is deterministic: copies of a particle would never part; try transition=cps")
         lam, n = strength_of(model, self.tilt_strength), self.particles
         state = model.start(n)
         weights = Weights.start(len(model.prompts), n, state.device)
@@ -215,10 +220,137 @@ def checkpoint_nodes(t: list[float], count: int, t_from: float, t_to: float) -> 
     return sorted({inside[round(k * (len(inside) - 1) / max(1, count - 1))] for k in range(count)})
 
 
-def check_choices(method: FK) -> None:
+def check_choices(method: FK | Twisted | FlowMap) -> None:
     if not 0 <= method.ess <= 1:
         raise ValueError(f"ess={method.ess} is a part of the particles, in [0, 1]: try 0.5")
     if method.resampling not in RESAMPLING:
         raise ValueError(f"resampling={method.resampling!r} is unknown: known are {', '.join(RESAMPLING)}")
     if method.returned not in ("best", "sample"):
         raise ValueError(f"returned={method.returned!r} is unknown: known are best, sample")
+
+
+# ------------------------------------------------------------------------------------------------ twisted SMC
+
+
+@dataclass(frozen=True)
+class Twisted:
+    """Twisted SMC with tempering (DAS, arXiv 2501.05803): proposals follow the reward's gradient, weights repay them.
+
+        log psi_t(x) = lam_t r(x0_hat(x))          lam_t = lam min((1 + gamma)^i - 1, 1) at step i
+        q(x' | x) = N(mean + d, std^2),            d = std^2 grad log psi_t(x)
+        log w += log p(x' | x) - log q(x' | x) + log psi_t'(x') - log psi_t(x)
+
+    log p - log q = -(d . z) / std - |d|^2 / (2 std^2), summed over dims, from the drawn z itself: two log-densities of
+    thousands of dims would cancel badly. Needs a differentiable reward.
+    """
+
+    particles: int = 4  #: N.
+    tilt_strength: float | None = None  #: lam. By default lam r spreads by 1.5 over base samples, drawn first and counted.
+    tempering: float = 0.0  #: gamma; 0 has full strength from the start. Paper: 0.008 with 100 steps.
+    clip: float = 1.0  #: Longest move of a proposal, in standard deviations of its step, root mean square over dims.
+    ess: float = 0.5  #: Resample where the effective sample size falls below this part of N; 1 always, 0 never.
+    resampling: Literal["systematic", "stratified", "multinomial"] = "systematic"  #: How ancestors are drawn.
+    transition: Transition = DDIM(1.0)  #: The noisy step, or its name. Ancestral, for which the proposal is Doob's drift.
+    returned: Literal["best", "sample"] = "best"  #: The particle of highest reward, or one drawn by its weight.
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transition", move_of(self.transition))
+        check_positive(particles=self.particles, clip=self.clip)
+        check_strength(self.tilt_strength)
+        check_choices(self)
+        check_noisy(self.transition, gaussian=True)
+        if self.tempering < 0:
+            raise ValueError(f"tempering={self.tempering} must not be negative: 0 has full strength from the start")
+
+    def run(self, model: Model) -> Outcome:
+        lam, n = strength_of(model, self.tilt_strength), self.particles
+        state = model.start(n)
+        weights = Weights.start(len(model.prompts), n, state.device)
+        log_psi = torch.zeros_like(weights.log_weights)
+        for i in range(model.steps):
+            if not lam:
+                state = advance(model, state, model.velocity(state, i), i, self.transition)
+                continue
+            lam_t = lam * (min((1 + self.tempering) ** i - 1, 1.0) if self.tempering else 1.0)
+            v, value, u = through_denoiser(model, state, i, lam_t)
+            weights.log_weights = weights.log_weights + value.double() - log_psi
+            ancestors = weights.resample(model, model.t[i], self.ess, self.resampling)
+            state, v, u, log_psi = (gather(a, ancestors) for a in (state, v, u, value.double()))
+            if not stochastic(model, i, self.transition):
+                state = place(model, state, v, i, self.transition, None)
+                continue
+            std = self.transition.std(model.t[i], model.t[i + 1], model.t_max)
+            d, z = clipped(doob_shift(std, u), self.clip * float(std)), model.draw_noise(state)
+            weights.log_weights = weights.log_weights + proposal_weight(d, z, std)
+            state = place(model, state, v, i, self.transition, z, d)
+        rewards = model.reward(model.flow(state, model.steps))
+        weights.log_weights = weights.log_weights + lam * rewards.double() - log_psi
+        return weights.outcome(model, state, rewards, lam, self.returned)
+
+
+def proposal_weight(d: Tensor, z: Tensor, std: Tensor) -> Tensor:
+    """log p(x' | x) - log q(x' | x), (P, N), for x' = mean + d + std z. d, z: (P, N, ...)."""
+    d, z, std = d.double().flatten(2), z.double().flatten(2), std.double()
+    return -(d * z).sum(2) / std - (d**2).sum(2) / (2 * std**2)
+
+
+def clipped(d: Tensor, longest: float) -> Tensor:
+    """d shortened to a root mean square of at most `longest`. d: (P, N, ...)."""
+    rms = d.flatten(2).square().mean(2).sqrt()
+    return d * over((longest / rms.clamp(min=1e-30)).clamp(max=1.0), d)
+
+
+# ------------------------------------------------------------------------------------------------ flow-map tilting
+
+
+@dataclass(frozen=True)
+class FlowMap:
+    """Flow-map trajectory tilting, arXiv 2511.22688: Langevin drift towards the reward of where the ODE leads, exact weights.
+
+        r_t(x) = (1 - t) lam r(X(x))               X: the flow map from t to 0, here `map_steps` Euler steps of the ODE
+        mean += std^2 / 2 grad_x r_t
+        log w += lam r(X(x)) h
+
+    The weight is that simple because r(X) is constant along the ODE. With map_steps = 1 the map is the denoiser, along which
+    it is not: fast, and biased. Needs a differentiable reward and a noisy transition that keeps the marginals.
+    """
+
+    particles: int = 4  #: N.
+    tilt_strength: float | None = None  #: lam. By default lam r spreads by 1.5 over base samples, drawn first and counted.
+    map_steps: int = 4  #: Euler steps of the look-ahead, each a denoiser call with gradient.
+    clip: float = 1.0  #: Longest drift, in standard deviations of its step, root mean square over dims; cut drifts are biased.
+    ess: float = 0.5  #: Resample where the effective sample size falls below this part of N; 1 always, 0 never.
+    resampling: Literal["systematic", "stratified", "multinomial"] = "systematic"  #: How ancestors are drawn.
+    transition: Transition = FlowSDE(0.7)  #: The noisy step, or its name.
+    returned: Literal["best", "sample"] = "best"  #: The particle of highest reward, or one drawn by its weight.
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transition", move_of(self.transition))
+        check_positive(particles=self.particles, map_steps=self.map_steps, clip=self.clip)
+        check_strength(self.tilt_strength)
+        check_choices(self)
+        check_noisy(self.transition, gaussian=True)
+
+    def run(self, model: Model) -> Outcome:
+        lam, n = strength_of(model, self.tilt_strength), self.particles
+        state = model.start(n)
+        weights = Weights.start(len(model.prompts), n, state.device)
+        for i in range(model.steps):
+            if not lam:
+                state = advance(model, state, model.velocity(state, i), i, self.transition)
+                continue
+            t, t_next = model.t[i], model.t[i + 1]
+
+            def ahead(part: Model, x: Tensor, i: int = i) -> tuple[Tensor, Tensor]:
+                v = part.velocity(part.native(x, i), i)
+                return v, lam * part.reward(part.flow_map(x, v, part.t[i], self.map_steps))
+
+            v, value, u = differentiate(model, state, i, ahead)
+            weights.log_weights = weights.log_weights + value.double() * (t - t_next)
+            ancestors = weights.resample(model, t, self.ess, self.resampling)
+            state, v, u = (gather(a, ancestors) for a in (state, v, u))
+            std = self.transition.std(t, t_next, model.t_max)
+            shift = clipped(langevin_shift(std, (1 - t) * u), self.clip * float(std))
+            state = advance(model, state, v, i, self.transition, shift)
+        rewards = model.reward(model.flow(state, model.steps))
+        return weights.outcome(model, state, rewards, lam, self.returned)
