@@ -67,10 +67,17 @@ class Recipe:
     # -- how samples are drawn
     num_inference_steps: int = option(10, "Denoising steps of a rollout. Fewer than in evaluation saves time and costs little.")
     transition: dict[str, Any] = option(
-        {"name": "cps"}, "The stochastic step: flow_sde, dance_sde, cps or ddim, with noise_level or eta."
+        {"name": "cps"},
+        "The stochastic step: flow_sde, dance_sde, memoryless, cps, matched_cps or ddim, with noise_level or eta; "
+        "decay=cosine lets that level fall towards the picture, to final_level.",
     )
     steps: dict[str, Any] = option(
         {"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, or window."
+    )
+    solver: Literal["euler", "dpmpp2m"] = option(
+        "euler",
+        "How a rollout takes the steps that are not stochastic: euler, or dpmpp2m, whose second order is closer to the ODE. "
+        "Evaluations use euler.",
     )
     guidance_scale: float | None = option(
         None,
@@ -80,8 +87,13 @@ class Recipe:
     width: int | None = option(None, "Width in pixels; the model's default when unset.")
     num_frames: int | None = option(None, "Frames of a clip, for video models.")
     call: dict[str, Any] = option({}, "Further arguments of the pipeline's call (negative_prompt, max_sequence_length, ...).")
-    init_noise: Literal["per_sample", "shared"] = option(
-        "per_sample", "Whether the samples of a group start from the same noise."
+    branches: list[int] = option(
+        [],
+        "Branches that part from one state at the first stochastic step (and the next ones): [8] lets 8 samples share a start, "
+        "[4, 2] splits each of 4 branches in two. Shared states cost one model call. Empty: every sample has its own start.",
+    )
+    branch_spread: float | None = option(
+        None, "Ratio of own to shared noise among branches that part; independent by default. In use: 1 to 8."
     )
 
     # -- how the reward becomes an update
@@ -164,6 +176,14 @@ class Recipe:
             )
         if not 0 <= self.lr_decay_from <= 1:
             raise ConfigError(f"lr_decay_from={self.lr_decay_from}: must lie in [0, 1]")
+        leaves = math.prod(int(b) for b in self.branches)
+        if any(b < 2 for b in self.branches) or self.num_generations % leaves:
+            raise ConfigError(
+                f"branches={self.branches}: whole numbers from 2 up, whose product ({leaves}) divides "
+                f"num_generations={self.num_generations}"
+            )
+        if self.branch_spread is not None and not (self.branch_spread > 0 and self.branches):
+            raise ConfigError(f"branch_spread={self.branch_spread}: must be positive, and goes with branches")
         if not self.rewards:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
         if self.eval_steps and not self.eval_prompts:

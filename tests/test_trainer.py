@@ -224,8 +224,8 @@ def test_reward_weights_of_the_recipe(recipe, tmp_path):
 
 
 def test_shared_initial_noise(recipe, tmp_path):
-    """init_noise=shared: the members of a group start from the same noise and part at the first stochastic step."""
-    (batch,) = make(recipe, tmp_path, "init_noise=shared").rollout(0)
+    """branches=[2]: the members of a group start from the same noise and part at the first stochastic step."""
+    (batch,) = make(recipe, tmp_path, "branches=[2]").rollout(0)
     assert len(batch.steps[0].native) == 2  # one state per group, evaluated once
     first = batch.steps[0].per_sample(batch.steps[0].native)
     assert batch.group.tolist() == [0, 0, 1, 1]

@@ -28,8 +28,8 @@ from flowrl.data import load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
 from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.reward_models.base import Reward, load_reward, score
-from flowrl.samplers import SCHEDULES, TRANSITIONS, Transition
-from flowrl.samplers.branching import branched_rollout
+from flowrl.samplers import GLASS, SCHEDULES, TRANSITIONS, Transition
+from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.train import watch
 from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
 from flowrl.train.objectives import OBJECTIVES
@@ -227,9 +227,12 @@ class Trainer:
         for start in range(0, len(items), self.plan.batch_size):
             part = items[start : start + self.plan.batch_size]
             draw: Any = self.policy.rollout
-            if recipe.init_noise == "shared":
-                init_seeds = [sample_seed(recipe.seed, step, position) for position, _ in part]
-                draw = partial(branched_rollout, self.policy, init_seeds=init_seeds)
+            if recipe.branches:
+                keys = [(recipe.seed, step, position) for position, _ in part]
+                init_seeds, noise_seeds = tree_seeds(keys, [g for _, g in part], recipe.branches, len(stochastic))
+                draw = partial(
+                    branched_rollout, self.policy, init_seeds=init_seeds, noise_seeds=noise_seeds, spread=recipe.branch_spread
+                )
             batches.append(
                 draw(
                     [self.prompts[order[position]] for position, _ in part],
@@ -238,6 +241,7 @@ class Trainer:
                     stochastic=stochastic,
                     group=torch.tensor([step * recipe.prompts_per_step + position for position, _ in part]),
                     keep_velocity=self.objective.needs.sampled_velocity,
+                    solver=recipe.solver,
                 )
             )
         return batches
@@ -472,17 +476,25 @@ class _Clock:
 def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
     """Objective, transition and schedule of a recipe, and the steps of its first rollout. Raises ConfigError."""
     objective = build(recipe.objective, OBJECTIVES, "objective")
-    transition = build(recipe.transition, TRANSITIONS, "transition")
+    transition = build(recipe.transition, {**TRANSITIONS, "glass": GLASS}, "transition")
     schedule = build(recipe.steps, SCHEDULES, "steps")
+    if isinstance(transition, GLASS):
+        raise ConfigError(
+            "transition glass has no density in closed form, so there is no ratio to train on, and it is a sampler for steering "
+            "only: choose flow_sde, cps, matched_cps or ddim"
+        )
     if objective.needs.trajectory and transition.deterministic:
         raise ConfigError(
             f"{recipe.objective['name']} needs a stochastic sampler, {transition} is deterministic: "
             "choose flow_sde, cps, dance_sde or ddim, with noise"
         )
     try:
-        return objective, transition, schedule, schedule.steps(recipe.num_inference_steps, recipe.seed, 0)
+        trained = schedule.steps(recipe.num_inference_steps, recipe.seed, 0)
     except ValueError as error:
         raise ConfigError(f"steps: {error}") from None
+    if len(recipe.branches) > len(trained):
+        raise ConfigError(f"branches={recipe.branches} wants {len(recipe.branches)} stochastic steps, steps gives {len(trained)}")
+    return objective, transition, schedule, trained
 
 
 def _rewards(section: dict[str, Any], recipe: Recipe, where: str = "rewards") -> tuple[dict[str, Reward], dict[str, float]]:
