@@ -1,11 +1,24 @@
 """How a trajectory is drawn: the flow and its coordinates, the Gaussian steps, and which steps are stochastic."""
 
 from flowrl.samplers.schedules import SCHEDULES, AllButLast, Fraction, Window, t_max_of, time_grid
-from flowrl.samplers.transitions import CPS, DDIM, ODE, TRANSITIONS, DanceSDE, FlowSDE, Gaussian, Transition
+from flowrl.samplers.transitions import (
+    CPS,
+    DDIM,
+    GLASS,
+    ODE,
+    TRANSITIONS,
+    DanceSDE,
+    FlowSDE,
+    Gaussian,
+    MatchedCPS,
+    Memoryless,
+    Transition,
+)
 
 __all__ = [
     "CPS",
     "DDIM",
+    "GLASS",
     "ODE",
     "SCHEDULES",
     "TRANSITIONS",
@@ -14,6 +27,8 @@ __all__ = [
     "FlowSDE",
     "Fraction",
     "Gaussian",
+    "MatchedCPS",
+    "Memoryless",
     "Transition",
     "Window",
     "t_max_of",

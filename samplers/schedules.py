@@ -1,4 +1,4 @@
-"""Time grids, and which of their steps are stochastic and trained.
+"""Time grids, which of their steps are stochastic and trained, and how the noise level falls along them.
 
 A schedule answers `steps(num_steps, seed, update)`: the sorted indices of the steps that draw noise and are trained.
 All others follow the ODE. Step i goes from grid[i] to grid[i + 1]; the last one ends at t = 0 and is never trained.
@@ -8,6 +8,8 @@ ranks and all members of a group share it, a random one is drawn anew for each u
 """
 
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,6 +99,23 @@ class Window:
         start = self.low + shift[self.kind]
         return list(range(start, start + self.size))
 
+
+def constant(t: Tensor, high: float, low: float) -> float:
+    """level(t) = high."""
+    return high
+
+
+def cosine(t: Tensor, high: float, low: float) -> Tensor:
+    """HiCoGen: level(t) = low + (high - low) (1 + cos(pi (1 - t))) / 2, shaped like t. high at t = 1, low at t = 0.
+
+    Noise early changes what is drawn, noise late only its grain. It lowers the noise level of any transition, read at the
+    start of the step: for Flow-SDE, Dance-SDE and MatchedCPS it multiplies g(t), for CPS the angle, for DDIM eta.
+    """
+    return low + (high - low) * (1 + (math.pi * (1 - t)).cos()) / 2
+
+
+#: Noise level of a step from t, by the name that a transition's `decay` uses. high: the transition's own level.
+DECAYS: dict[str, Callable[[Tensor, float, float], float | Tensor]] = {"none": constant, "cosine": cosine}
 
 SCHEDULES = {"all_but_last": AllButLast, "fraction": Fraction, "window": Window}
 

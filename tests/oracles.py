@@ -9,6 +9,7 @@ With x_t = (1 - t) x0 + t eps and x0 ~ sum_k w_k N(mu_k, s_k^2 I):
 All in fp64.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,12 +107,28 @@ def simulate(
 def propagate(transition: Transition, data: Mixture, grid: Tensor, last_step: Transition | None = None) -> tuple[float, float]:
     """Mean and variance at the end of the grid for Gaussian data in one dim, without sampling.
 
-    The velocity of Gaussian data is affine in x, hence so is every step's mean: x' = a + b x + s z gives
-    mean' = a + b mean and var' = b^2 var + s^2. a and b are read off the transition at x = 0 and x = 1, in one batch
-    with one time per sample. The start is the exact marginal at grid[0]; the last step is the ODE unless given.
+    Every step is x' = a + b x + s z (`affine_steps`), which gives mean' = a + b mean and var' = b^2 var + s^2. The start is
+    the exact marginal at grid[0]; the last step is the ODE unless given.
     """
     m, S = data.marginal(float(grid[0]))
     mean, var = float(m[0, 0]), float(S[0])
+    for a, b, s in affine_steps(transition, data, grid, last_step):
+        mean, var = a + b * mean, b**2 * var + s**2
+    return mean, var
+
+
+def memory(transition: Transition, data: Mixture, grid: Tensor) -> float:
+    """d E[x at the end | x at the start] / dx for Gaussian data in one dim: what the samples keep of where they started."""
+    return math.prod(b for _, b, _ in affine_steps(transition, data, grid))
+
+
+def affine_steps(
+    transition: Transition, data: Mixture, grid: Tensor, last_step: Transition | None = None
+) -> list[tuple[float, float, float]]:
+    """(a, b, s) of each step x' = a + b x + s z: the velocity of Gaussian data is affine in x, hence so is every mean.
+
+    a and b are read off the transition at x = 0 and x = 1, in one batch with one time per sample.
+    """
     zero, one = torch.zeros(len(grid) - 1, 1), torch.ones(len(grid) - 1, 1)
     steps = []
     for step in (transition, last_step or ODE()):
@@ -120,6 +137,9 @@ def propagate(transition: Transition, data: Mixture, grid: Tensor, last_step: Tr
         at_one = step.transition(one, data.velocity(one, grid[:-1]), *times)
         a = at_zero.mean[:, 0]
         steps.append(torch.stack([a, at_one.mean[:, 0] - a, step.std(*times)], 1).tolist())
-    for a, b, s in [*steps[0][:-1], steps[1][-1]]:
-        mean, var = a + b * mean, b**2 * var + s**2
-    return mean, var
+    return [*steps[0][:-1], steps[1][-1]]
+
+
+#: Of which samplers and steering methods have been measured: mean -0.3, std 1.5408. Tilted by exp(x): mean 1.449, std 0.858,
+#: log of the normaliser 0.739.
+TWO_MODES = mixture([0.6, 0.4], [-1.5, 1.5], [0.5, 0.4])

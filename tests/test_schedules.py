@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowrl.samplers import SCHEDULES, AllButLast, Fraction, Window, t_max_of, time_grid
+from flowrl.samplers.schedules import DECAYS, cosine
 
 ALL = [
     AllButLast(),
@@ -124,6 +125,26 @@ def test_errors_name_the_numbers_and_the_fix(make, message):
 def test_schedules_are_found_by_name():
     assert SCHEDULES["window"](size=3, high=9).steps(10, 0, 0) == Window(3, high=9).steps(10, 0, 0)
     assert set(SCHEDULES) == {"all_but_last", "fraction", "window"}
+
+
+# -- noise levels ------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_decay_as_in_the_paper():
+    """eta(t) = eta_min + (eta_max - eta_min) / 2 (1 + cos(pi (T - t) / T)) with T = 1: high at noise, low at the picture."""
+    t = torch.linspace(0, 1, 11)
+    expected = [0.2 + 0.8 / 2 * (1 + np.cos(np.pi * (1 - u))) for u in np.linspace(0, 1, 11)]
+    level = cosine(t, 1.0, 0.2)
+    torch.testing.assert_close(level, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6)
+    assert (level.diff() > 0).all()
+    assert level[-1] == 1
+    assert level[0] == pytest.approx(0.2)
+
+
+def test_decays_are_found_by_name():
+    """No decay is a plain number, so that the bits of a transition do not depend on a schedule that it does not have."""
+    assert DECAYS["none"](torch.tensor(0.3), 0.8, 0.0) == 0.8
+    assert set(DECAYS) == {"none", "cosine"}
 
 
 # -- the grid ----------------------------------------------------------------------------------------------------------
