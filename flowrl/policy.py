@@ -233,12 +233,14 @@ class Policy:
         start: int = 0,
         stop: int | None = None,
         stride: int = 1,
+        solver: str = "euler",
         **call: Any,
     ) -> Samples:
         """Sample one batch without gradient and record the stochastic steps.
 
         prompts, seeds: B each; a sample depends on its own prompt and seed only. stochastic: indices of the steps that follow
-        `transition` (ODE elsewhere). init_seeds: seeds of the initial noise where they differ (shared inside a group).
+        `transition`; the others follow the ODE, by `solver` ("euler", or "dpmpp2m" of second order). init_seeds: seeds of the
+        initial noise where they differ (shared inside a group).
         A part of a trajectory: from `latents` (B, ...) at node `start` of the grid, over every `stride`-th node, to `stop`.
         """
         items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
@@ -248,7 +250,8 @@ class Policy:
                 f"{transition} is deterministic: no step can be stochastic; choose FlowSDE, CPS, DanceSDE or DDIM with noise"
             )
         seeds = [int(seed) for seed in seeds]
-        drive = Rollout(self.pipe, transition, list(stochastic), generators(seeds, offset=1), keep_velocity, start, stop, stride)
+        rngs = generators(seeds, offset=1)
+        drive = Rollout(self.pipe, transition, list(stochastic), rngs, keep_velocity, start, stop, stride, solver)
         partial = latents is not None or stop is not None
         final: list[Tensor] = []
         if "callback_on_step_end" in self._parameters:  # sees the state after the pipeline's own edits (inpainting blends)
@@ -281,13 +284,14 @@ class Policy:
         node: int,
         latents: Tensor | None = None,
         start: int = 0,
+        solver: str = "euler",
         **call: Any,
     ) -> tuple[Tensor, Tensor, Grid]:
         """Follow the ODE to a node of the grid, without gradient: the state there and its velocity, both (B, ...), and the grid.
 
         From the noise of `init_seeds`, or from `latents` at node `start`. Where branches part (`flowrl.samplers.branching`).
         """
-        drive = Trunk(self.pipe, start, node)
+        drive = Trunk(self.pipe, start, node, solver)
         with torch.no_grad():
             texts = [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
             self._run(texts, drive, latents, generator=generators(init_seeds), output_type="latent", **call)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from flowrl.batch import Step
 from flowrl.samplers import flow
+from flowrl.samplers.solvers import SOLVERS, DPMpp2M
 from flowrl.samplers.transitions import ODE, Transition
 
 
@@ -217,9 +218,9 @@ class Drive:
 
 
 class Rollout(Drive):
-    """Sample a trajectory. Steps in `stochastic` follow `transition` and are recorded; the others are Euler's ODE.
+    """Sample a trajectory. Steps in `stochastic` follow `transition` and are recorded; the others follow the ODE.
 
-    generators: one per sample, for the noise of the steps. keep_velocity: store v with each step.
+    generators: one per sample, for the noise of the steps. keep_velocity: store v with each step. solver: one of `SOLVERS`.
     start, stop, stride: visit only the grid's nodes start, start + stride, ..., stop (the end unless given), in as many steps.
     """
 
@@ -233,8 +234,12 @@ class Rollout(Drive):
         start: int = 0,
         stop: int | None = None,
         stride: int = 1,
+        solver: str = "euler",
     ):
         super().__init__(pipe)
+        if solver not in SOLVERS:
+            raise ValueError(f"solver={solver!r} is unknown: use {' or '.join(map(repr, SOLVERS))}")
+        self.multistep = DPMpp2M() if solver == "dpmpp2m" else None
         self.transition, self.stochastic, self.generators = transition, frozenset(stochastic), generators
         self.keep_velocity = keep_velocity
         self.start, self.stop, self.stride = start, stop, stride
@@ -252,8 +257,10 @@ class Rollout(Drive):
         following = self.following[i]
         v = grid.velocity(native, output, grid.t[i])
         if i not in self.stochastic:
-            self.latents = grid.ode_step(native, v, i, following)
+            self.latents = self.ode_step(native, v, i, following)
             return self.latents
+        if self.multistep:
+            self.multistep.reset()
         noise = randn_tensor(native.shape, generator=self.generators, device=native.device, dtype=torch.float32)
         step = stochastic_step(grid, self.transition, native, v, i, following, noise)
         # Clones: some pipelines write the next state in place.
@@ -265,6 +272,14 @@ class Rollout(Drive):
         self.steps.append(step)
         return self.latents
 
+    def ode_step(self, native: Tensor, v: Tensor, i: int, following: int) -> Tensor:
+        grid = self.grid
+        if self.multistep is None:
+            return grid.ode_step(native, v, i, following)
+        t, t_next = grid.t[i], grid.t[following]
+        x_next = self.multistep.step(native.float() / grid.scale(t), v, t, t_next, last=following == len(grid.t) - 1)
+        return (grid.scale(t_next) * x_next).to(native.dtype)
+
 
 class Trunk(Rollout):
     """Walk the ODE to node `stop`, look there, and stop the call. native, velocity: (B, ...), the state and the answer."""
@@ -272,8 +287,8 @@ class Trunk(Rollout):
     native: Tensor
     velocity: Tensor
 
-    def __init__(self, pipe: Any, start: int, stop: int):
-        super().__init__(pipe, ODE(), [], [], start=start, stop=stop + 1)
+    def __init__(self, pipe: Any, start: int, stop: int, solver: str = "euler"):
+        super().__init__(pipe, ODE(), [], [], start=start, stop=stop + 1, solver=solver)
         self.node = stop
 
     def step(self, output: Tensor, native: Tensor) -> Tensor:
