@@ -359,10 +359,10 @@ def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Opt
     return Progress(**facts["progress"])
 
 
-def load_trained(source: str | Path, **options: Any) -> Policy:
-    """A policy from anything that can be looked at: a run's folder, a checkpoint, a LoRA folder's run, or a plain model.
+def trained_parts(source: str | Path) -> tuple[str, Path | None]:
+    """The model and the LoRA folder on top of it (None: none) that a run's folder, a checkpoint, or a plain model stands for.
 
-    options go to `Policy.load`. Raises FileNotFoundError or ConfigError with the cause.
+    Raises ConfigError with the cause; whether a plain model exists is `flowrl.policy.resolve_model`'s to say.
     """
     path = Path(source)
     if (path / STATE / "state.json").is_file():
@@ -375,10 +375,17 @@ def load_trained(source: str | Path, **options: Any) -> Policy:
                 raise ConfigError(f"run {path} has no result and no checkpoint yet")
             path = found[-1]
     else:
-        return Policy.load(source, **options)
-    if (path / LORA_FILE).is_file():
-        return Policy.load(base, lora=path, **options)
-    return Policy.load(path / "model", **options)
+        return str(source), None
+    return (base, path) if (path / LORA_FILE).is_file() else (str(path / "model"), None)
+
+
+def load_trained(source: str | Path, **options: Any) -> Policy:
+    """A policy from anything that can be looked at: a run's folder, a checkpoint, a LoRA folder's run, or a plain model.
+
+    options go to `Policy.load`. Raises FileNotFoundError or ConfigError with the cause.
+    """
+    model, lora = trained_parts(source)
+    return Policy.load(model, lora=lora, **options)
 
 
 # ------------------------------------------------------------------------------------------------ model card
