@@ -23,7 +23,11 @@ Align image and video generators (diffusion, flow matching) with rewards.
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "steer") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.prompts += rest  # prompts after options, which argparse leaves over
     # Before torch is loaded: threads that spin while they wait bring small models to a standstill on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.getcwd() not in sys.path:
@@ -72,6 +76,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 62:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^62")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     from flowrl import __version__
 
@@ -106,11 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("recipes", run_recipes, "list the recipes that ship")
 
-    sample = command("sample", run_sample, "sample pictures from a model, a run or a checkpoint")
-    sample.add_argument("model", help="an embedded name, a pipeline folder, a hub id, a run, or a checkpoint")
-    sample.add_argument("prompts", nargs="*", help="prompts (or --prompts FILE)")
-    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder of the pictures (default samples)")
-    sampling_options(sample, seeds=1, prompts=None)
+    sample = command("sample", run_sample, "draw pictures from models, runs, checkpoints and LoRAs", description=SAMPLE_HELP)
+    sample_options(sample)
 
     evaluation = command("eval", run_eval, "score a model, or two on the same prompts and seeds")
     evaluation.add_argument("model")
@@ -129,6 +136,74 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("doctor", run_doctor, "versions, devices, attention backends")
     return parser
+
+
+SAMPLE_HELP = """\
+Draw pictures: one PNG for each model, prompt and seed. All that drew a picture stands inside it, its name depends on prompt and
+seed alone, and the same command gives the same files: what is there already is kept, so an interrupted command goes on.
+
+  flowrl sample tiny-sd3 "a red circle" "two blue squares" --seeds 4 --grid
+  flowrl sample tiny-sd3 --prompts tiny-test --limit 20 --rewards tiny_strict tiny_dense
+  flowrl sample tiny-sd3 "a red circle" --against tiny-sd3+runs/demo@0.5 runs/demo --grid
+  flowrl sample stabilityai/stable-diffusion-3.5-medium+my-lora "a cat" --steps 28 --guidance 4.5 --dtype bfloat16
+  flowrl sample tiny-sd3 --prompts tiny-test --limit 4 --steer none --steer fk particles=8 --rewards tiny_dense --grid
+  flowrl sample --from samples/tiny-sd3/a-red-circle-a1e4a280d2-s0.png --out again
+"""
+
+
+def sample_options(sample: argparse.ArgumentParser) -> None:
+    """Defaults are None: what is not given may come from the picture of --from."""
+    what = sample.add_argument_group("what is drawn")
+    what.add_argument(
+        "model",
+        nargs="?",
+        help="an embedded name, a pipeline folder, a hub id, a run, a checkpoint; with LoRAs: MODEL+LORA[@SCALE]",
+    )
+    what.add_argument("prompts", nargs="*", metavar="prompt", help="prompts")
+    what.add_argument("--against", nargs="+", default=[], metavar="MODEL", help="further models: same prompts, same seeds")
+    what.add_argument("--prompts", dest="prompt_file", metavar="FILE", help="prompt file (.txt, .jsonl) or embedded set")
+    what.add_argument("--limit", type=positive, help="prompts of the file, spread evenly over it (default: all)")
+    what.add_argument("--seeds", type=positive, metavar="N", help="pictures per prompt, with seeds in a row (default 1)")
+    what.add_argument(
+        "--seed", type=whole, nargs="+", metavar="SEED", help="the seeds themselves, or the first of --seeds (default 0)"
+    )
+    what.add_argument(
+        "--from", dest="source", type=Path, metavar="PICTURE", help="as this picture was drawn, but for what else is given"
+    )
+    how = sample.add_argument_group("how")
+    how.add_argument("--steps", type=positive, help="denoising steps (default: the model's own)")
+    how.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
+    how.add_argument("--height", type=positive)
+    how.add_argument("--width", type=positive)
+    how.add_argument(
+        "--transition",
+        nargs="+",
+        metavar=("NAME", "key=value"),
+        help="sampler: ode (default), or with noise at every step but the last: cps noise_level=0.7, ddim eta=1, flow_sde, ...",
+    )
+    how.add_argument("--solver", choices=("euler", "dpmpp2m"), help="how the ODE is followed (default euler; not when steering)")
+    how.add_argument(
+        "--steer",
+        nargs="+",
+        action="append",
+        metavar=("METHOD", "key=value"),
+        help="spend more computation on a higher reward: the first of --rewards, or reward=NAME. Repeated, one column each; "
+        "`none` is the plain sampler. Prints what it cost; reports (JSON) and genealogies (PNG) go into steering/ beside the "
+        "pictures. `--steer help` lists the methods",
+    )
+    how.add_argument("--call", nargs="+", metavar="key=value", help='further pipeline arguments, like "negative_prompt=blurry"')
+    how.add_argument("--batch-size", type=positive, help="pictures per denoiser call (default: by their size, 64 at most)")
+    how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default float32)")
+    how.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    kept = sample.add_argument_group("what is kept")
+    kept.add_argument("--out", type=Path, default=Path("samples"), help="folder (default samples), with the table samples.jsonl")
+    kept.add_argument(
+        "--rewards", "--reward", nargs="+", default=[], metavar="NAME", help="score the pictures, by name or dotted path"
+    )
+    kept.add_argument(
+        "--grid", action="store_true", help="also a labelled sheet, grid.png: prompts x models and seeds, rewards below"
+    )
+    kept.add_argument("--overwrite", action="store_true", help="draw again what is there")
 
 
 def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str | None) -> None:
@@ -215,29 +290,136 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> int:
-    from flowrl.evaluate import evaluate
-    from flowrl.record import beside
-    from flowrl.reward_models.base import to_pil
+    from flowrl.config import ConfigError
 
-    prompts = read_prompts(arguments.prompts or arguments.prompt_file or [])
-    make_folder(arguments.out)
-    policy = open_model(arguments.model, arguments)
-    result = evaluate(
-        policy,
-        prompts,
-        {},
-        protocol(arguments, policy),
-        name=arguments.model,
+    if arguments.steer and ["help"] in arguments.steer:
+        return list_steers()
+    seeds = seeds_of(arguments)
+    transition = section(arguments.transition, "transition")
+    steers = [None if words == ["none"] else section(words, "steer") for words in arguments.steer or []]
+    call = section(["call", *arguments.call], "call") if arguments.call else None
+    if arguments.model is None and arguments.source is None:
+        raise ConfigError("no model: give one (tiny-sd3), or --from PICTURE")
+    quiet_libraries()
+    import torch
+
+    from flowrl.batch import Prompt
+    from flowrl.sample import Settings, request_of, sample_to_folder
+
+    given = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+        "height": arguments.height,
+        "width": arguments.width,
+        "transition": transition,
+        "call": {key: value for key, value in (call or {}).items() if key != "name"} or None,
+        "dtype": arguments.dtype,
+        "solver": arguments.solver,
+    }
+    before: dict[str, Any] = request_of(arguments.source) if arguments.source else {}
+    given = {name: before.get(name) if value is None else value for name, value in given.items()}
+    prompts = [Prompt(text) for text in arguments.prompts]
+    if arguments.prompt_file:
+        prompts += spread(read_prompts(arguments.prompt_file), arguments.limit)
+    if before and not prompts:
+        prompts = [Prompt(before["prompt"], before["columns"])]
+    if before and before["steer"] and not steers:
+        steers = [{**before["steer"], "reward": before["steer_reward"]}]
+    if arguments.device:
+        try:
+            torch.empty(0, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from None
+    result = sample_to_folder(
+        [arguments.model or before["model"], *arguments.against],
+        read_prompts(prompts),
+        arguments.out,
+        seeds=seeds or [before.get("seed", 0)],
+        settings=Settings(**{name: value for name, value in given.items() if value is not None}),
+        steers=steers or [None],
+        rewards=arguments.rewards,
+        grid=arguments.grid,
+        overwrite=arguments.overwrite,
         batch_size=arguments.batch_size,
-        keep_images=True,
+        device=arguments.device,
         progress=True,
     )
-    assert result.samples is not None and result.samples.images is not None
-    for i, picture in enumerate(to_pil(result.samples.images)):
-        file = arguments.out / f"{i // arguments.seeds:04d}-{i % arguments.seeds}.png"
-        (beside(picture) if isinstance(picture, list) else picture).save(file)
-    print(f"{len(result.samples)} pictures in {arguments.out}")
+    report_samples(result)
     return 0
+
+
+def seeds_of(arguments: argparse.Namespace) -> list[int]:
+    """--seed 3 7 11, --seeds 4 (0 to 3), or --seed 100 --seeds 4 (100 to 103); nothing where neither is given."""
+    from flowrl.config import ConfigError
+
+    named = arguments.seed or []
+    if not arguments.seeds:
+        return named
+    if len(named) > 1:
+        raise ConfigError(f"--seeds {arguments.seeds} counts on from one --seed, but {len(named)} are given: leave --seeds out")
+    first = named[0] if named else 0
+    return list(range(first, first + arguments.seeds))
+
+
+def section(words: list[str] | None, what: str) -> dict[str, Any] | None:
+    """{name: fk, particles: 8} from `fk particles=8`. Values are JSON where they can be, and text otherwise."""
+    import json
+
+    import yaml
+
+    from flowrl.config import ConfigError
+
+    if not words:
+        return None
+    name, *pairs = words
+    values: dict[str, Any] = {"name": name}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--{what}: {pair!r} is not key=value" + ("; prompts stand right after the model" if " " in pair else "")
+            )
+        try:
+            values[key] = yaml.safe_load(text) if text.startswith(("{", "[")) else json.loads(text)
+        except (ValueError, yaml.YAMLError):
+            values[key] = text
+    return values
+
+
+def list_steers() -> int:
+    import dataclasses
+
+    from flowrl.samplers.steering import STEERS
+
+    for name, cls in STEERS.items():
+        options = [f"{f.name}={'none' if f.default is None else f.default}" for f in dataclasses.fields(cls)]
+        print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}\n    {'  '.join(options)}\n")
+    return 0
+
+
+def report_samples(result: Any) -> None:
+    """Where the pictures are, their mean rewards, what steering cost."""
+    from flowrl.evaluate import text_table
+
+    columns = list(dict.fromkeys(row["column"] for row in result.rows))
+    names = list(result.rows[0]["rewards"])
+    if names:
+        table = []
+        for column in columns:
+            scores = [row["rewards"] for row in result.rows if row["column"] == column]
+            means = [[v for row in scores if (v := row[name]) is not None] for name in names]
+            table.append([column, *(f"{sum(m) / len(m):.3f}" if m else "-" for m in means), str(len(scores))])
+        print(text_table(["mean", *names, "pictures"], table), end="\n\n")
+    for column, lines in result.accounts.items():
+        width = max((len(name) for name, _ in lines), default=0)
+        print(column, *(f"  {name.ljust(width)}  {value}" for name, value in lines), sep="\n", end="\n\n")
+    if result.repeated:
+        print(f"{result.repeated} repeated prompts were drawn once")
+    kept = len(result.rows) - result.drawn
+    count = f"{len(result.rows)} picture{'s' if len(result.rows) > 1 else ''}"
+    print(f"{count} in {result.folder}" + (f" ({kept} of them there already)" if kept else ""))
+    for sheet in result.sheets:
+        print(sheet)
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -266,22 +448,26 @@ def run_gallery(arguments: argparse.Namespace) -> int:
     from flowrl.gallery.page import check_replaceable
     from flowrl.record import beside
     from flowrl.reward_models.base import to_pil
+    from flowrl.sample import Settings, command_of, request_for
 
     check_replaceable(arguments.out)
     make_folder(arguments.out.parent)
     results = evaluate_models(arguments.models, arguments, keep_images=True, limit=arguments.limit)
     cells = []
-    for result in results:
+    for model, result in zip(arguments.models, results, strict=True):
         assert result.samples is not None and result.samples.images is not None
         for i, picture in enumerate(to_pil(result.samples.images)):
             p, s = divmod(i, arguments.seeds)
             scores = {name: None if (v := float(result.scores[p, s, k])) != v else v for k, name in enumerate(result.rewards)}
             image = beside(picture) if isinstance(picture, list) else picture
             prompt = result.prompts[p]
+            steps, guidance = result.protocol.num_inference_steps, result.protocol.guidance_scale
+            settings = Settings(steps, guidance, arguments.height, arguments.width, dtype=arguments.dtype)
             details = {
-                "steps": str(result.protocol.num_inference_steps),
-                "guidance": str(result.protocol.guidance_scale),
+                "steps": str(steps),
+                "guidance": str(guidance),
                 "noise seed": str(result.seeds[p][s]),
+                "command": command_of(request_for(model, prompt, result.seeds[p][s], settings)),
             }
             cells.append(Cell(result.model, prompt.text, s, image, scores, prompt.columns.get("kind"), details))
     base = results[0]
@@ -334,6 +520,11 @@ def read_prompts(source: Any) -> Any:
     return load_prompts(source)
 
 
+def spread(prompts: list[Any], limit: int | None) -> list[Any]:
+    """At most `limit` prompts, evenly from the whole list."""
+    return [prompts[i * len(prompts) // limit] for i in range(limit)] if limit and len(prompts) > limit else prompts
+
+
 def make_folder(folder: Path) -> None:
     from flowrl.config import ConfigError
 
@@ -347,11 +538,10 @@ def open_model(model: str, arguments: argparse.Namespace) -> Any:
     quiet_libraries()
     import torch
 
-    from flowrl.record import load_trained
+    from flowrl.sample import Settings, Source
 
-    call = {k: v for k, v in {"height": arguments.height, "width": arguments.width}.items() if v is not None}
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_trained(model, dtype=arguments.dtype, device=device, **call)
+    return Source.parse(model).open(Settings(height=arguments.height, width=arguments.width, dtype=arguments.dtype), device)
 
 
 def protocol(arguments: argparse.Namespace, policy: Any) -> Any:
@@ -368,16 +558,15 @@ def evaluate_models(
     """Every model under the protocol of the first one's defaults."""
     from flowrl.evaluate import evaluate
     from flowrl.reward_models import load_reward
+    from flowrl.sample import Source
 
-    prompts = read_prompts(arguments.prompt_file)
-    if limit and len(prompts) > limit:
-        prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
+    prompts = spread(read_prompts(arguments.prompt_file), limit)
     rewards = {name: load_reward(name) for name in arguments.rewards}
     results, shared = [], None
     for model in models:
         policy = open_model(model, arguments)
         shared = shared or protocol(arguments, policy)
-        name = Path(model).name if Path(model).exists() else model
+        name = Source.parse(model).label
         results.append(
             evaluate(
                 policy,

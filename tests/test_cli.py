@@ -78,7 +78,9 @@ def refused(capsys, *argv: object) -> str:
 # ------------------------------------------------------------------------------------------------ answers at once
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["recipes"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["train", "--help"], ["recipes"], ["eval", "--help"], ["sample", "--help"]]
+)
 def test_help_is_quick_and_imports_no_torch(argv):
     """Less than a second of CPU time, without torch, diffusers or numpy."""
     code = (
@@ -322,7 +324,7 @@ def test_other_commands_refuse_in_one_line(capsys, tmp_path, monkeypatch, model,
     (tmp_path / "file").write_text("mine")
     line = refused(capsys, *[a.format(model=model, tmp=tmp_path) for a in argv])
     assert message.format(tmp=tmp_path) in line
-    assert {path.name for path in tmp_path.iterdir()} <= {"file", "samples"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 def test_a_run_that_has_nothing_yet(capsys, tmp_path, recipe):
@@ -368,17 +370,17 @@ def test_train_eval_gallery_and_sample(tmp_path, recipe, model, prompts, own_rew
     argv = ["gallery", model, "run", "--rewards", "brightness", "--out", "pages/g", *sampling]
     done = run(argv, tmp_path / "log")
     assert done.code == 0, done.err
-    assert "a red circle" in Path("pages/g/index.html").read_text()
+    page = Path("pages/g/index.html").read_text()
+    assert "a red circle" in page and "flowrl sample run 'a red circle' --seed " in page.replace("\\u0027", "'")
 
-    done = run(["sample", "run", "a cat", "a dog", "--out", "pictures", "--steps", "2", "--seeds", "2"], tmp_path / "log")
+    argv = ["sample", model, "a cat", "--against", "run", f"{model}+run@0.5", "--steps", "2", "--seeds", "2"]
+    done = run([*argv, "--rewards", "own_rewards.red", "--grid", "--out", "pictures"], tmp_path / "log")
     assert done.code == 0, done.err
-    assert sorted(path.name for path in Path("pictures").iterdir()) == [
-        "0000-0.png",
-        "0000-1.png",
-        "0001-0.png",
-        "0001-1.png",
-    ]
-    assert Image.open("pictures/0000-0.png").size == (32, 32)
+    assert "6 pictures in pictures" in done.out and "Warning" not in done.err
+    rows = [json.loads(line) for line in Path("pictures/samples.jsonl").read_text().splitlines()]
+    assert [row["file"].split("/")[0] for row in rows] == ["sd3", "sd3", "run", "run", "sd3-run-0.5", "sd3-run-0.5"]
+    assert all(Image.open(f"pictures/{row['file']}").size == (32, 32) for row in rows)
+    assert Path("pictures/grid.png").is_file()
 
 
 def test_plan_and_recipes(capsys):
