@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample_options(sample)
 
     evaluation = command("eval", run_eval, "score a model, or two on the same prompts and seeds")
-    evaluation.add_argument("model")
+    evaluation.add_argument("model", help="as for sample: a name, a folder, a run, a checkpoint; with LoRAs: MODEL+LORA[@SCALE]")
     evaluation.add_argument("--against", help="the model to compare with: a paired table with 95 %% intervals")
     evaluation.add_argument("--rewards", nargs="+", default=["tiny_strict", "tiny_dense"], help="rewards by name or dotted path")
     evaluation.add_argument("--out", type=Path, help="write the scores as JSON")
@@ -538,10 +538,11 @@ def open_model(model: str, arguments: argparse.Namespace) -> Any:
     quiet_libraries()
     import torch
 
-    from flowrl.sample import Settings, Source
+    from flowrl.sources import Source
 
+    size = {k: v for k, v in {"height": arguments.height, "width": arguments.width}.items() if v is not None}
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Source.parse(model).open(Settings(height=arguments.height, width=arguments.width, dtype=arguments.dtype), device)
+    return Source.parse(model).open(arguments.dtype, device, **size)
 
 
 def protocol(arguments: argparse.Namespace, policy: Any) -> Any:
@@ -558,7 +559,7 @@ def evaluate_models(
     """Every model under the protocol of the first one's defaults."""
     from flowrl.evaluate import evaluate
     from flowrl.reward_models import load_reward
-    from flowrl.sample import Source
+    from flowrl.sources import Source
 
     prompts = spread(read_prompts(arguments.prompt_file), limit)
     rewards = {name: load_reward(name) for name in arguments.rewards}

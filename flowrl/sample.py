@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import shlex
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from flowrl import __version__
 from flowrl.batch import Prompt, Samples
-from flowrl.config import ConfigError, build, unknown
+from flowrl.config import ConfigError, build
 from flowrl.data import load_prompts
 from flowrl.pictures import (
     FACTS,
@@ -46,13 +45,14 @@ from flowrl.pictures import (
     sheet_pages,
     slug,
 )
-from flowrl.policy import DTYPES, LORA_FILE, Policy, resolve_model
-from flowrl.record import environment, load_trained, move, trained_parts, unfinished, write_text, writing
+from flowrl.policy import DTYPES, Policy
+from flowrl.record import environment, move, unfinished, write_text, writing
 from flowrl.reward_models import load_reward
 from flowrl.reward_models.base import Reward, RewardError, score, to_pil
 from flowrl.samplers import TRANSITIONS, AllButLast
 from flowrl.samplers.steering import STEERS, PolicyModel, Report, genealogy_picture, steer
 from flowrl.samplers.steering.loop import strength_of
+from flowrl.sources import Source
 
 TABLE = "samples.jsonl"
 ODE = {"name": "ode"}
@@ -76,132 +76,6 @@ class Settings:
     call: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     solver: str = "euler"  #: Of the plain sampler's deterministic steps: euler, or dpmpp2m.
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model and the LoRAs on it, each with its scale: `MODEL`, `MODEL+LORA`, `MODEL+LORA@0.5+LORA`."""
-
-    text: str
-    model: str
-    loras: tuple[tuple[str, float], ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Source:
-        if "+" not in text or Path(text).exists():
-            return cls(text, text)
-        model, *loras = text.split("+")
-        parsed = []
-        for lora in loras:
-            path, _, scale = lora.rpartition("@") if "@" in lora and not Path(lora).exists() else (lora, "", "1")
-            try:
-                parsed.append((path, float(scale)))
-            except ValueError:
-                raise ConfigError(f"{text}: {scale!r} is not a LoRA's scale; write MODEL+LORA@0.5") from None
-        if not model or not all(path for path, _ in parsed):
-            raise ConfigError(f"{text}: write MODEL+LORA, or MODEL+LORA@0.5")
-        return cls(text, model, tuple(parsed))
-
-    @property
-    def label(self) -> str:
-        return "+".join(
-            [_short(self.model), *(_short(path) + (f"@{scale:g}" if scale != 1 else "") for path, scale in self.loras)]
-        )
-
-    def check(self) -> None:
-        """Raise FileNotFoundError or ConfigError for what can be told without loading weights."""
-        resolve_model(trained_parts(self.model)[0])
-        for path, _ in self.loras:
-            lora_file(path)
-
-    def digest(self) -> str | None:
-        """A short name of the weights: the same for the same files. None for a hub model that is not here yet."""
-        model, lora = trained_parts(self.model)
-        parts = [_digest(resolve_model(model)), *([_digest(lora)] if lora else [])]
-        parts += [f"{_digest(lora_file(path))}@{scale:g}" for path, scale in self.loras]
-        if any(part.startswith("None") for part in map(str, parts)):
-            return None
-        return hashlib.sha256("+".join(map(str, parts)).encode()).hexdigest()[:10]
-
-    def open(self, settings: Settings, device: str | None) -> Policy:
-        size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
-        policy = load_trained(self.model, dtype=settings.dtype, device=device, **size, **settings.call)
-        known = set(policy._parameters) - {"self", "prompt", "latents", "generator", "output_type", "return_dict"}
-        for name in policy.call:
-            if name not in known:
-                raise ConfigError(unknown(f"argument of {policy.name}", name, sorted(known)))
-        names, scales = (["policy"], [1.0]) if policy.has_lora else ([], [])
-        for i, (path, scale) in enumerate(self.loras):
-            names, scales = [*names, f"lora{i}"], [*scales, scale]
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are what is wanted
-                    policy.pipe.load_lora_weights(str(lora_file(path)), adapter_name=names[-1])
-            except (RuntimeError, ValueError, AttributeError, KeyError) as error:
-                raise ConfigError(f"LoRA {path} does not fit {self.model}: {str(error).strip().splitlines()[0]}") from None
-            if not any(names[-1] in adapters for adapters in policy.pipe.get_list_adapters().values()):
-                raise ConfigError(
-                    f"LoRA {path} does not fit {self.model}: none of its weights belongs to a part of {policy.name}"
-                )
-        if self.loras:
-            policy.pipe.set_adapters(names, scales)
-            policy.pipe.to(policy.device)
-        return policy
-
-
-def lora_file(path: str) -> Path | str:
-    """Where a LoRA lies: a run or checkpoint of ours, a folder, a file, or a hub id. Raises with the cause."""
-    place = Path(path)
-    if (place / "recipe.yaml").is_file() or (place / "training_state").is_dir():
-        _, lora = trained_parts(place)
-        if lora is None:
-            raise ConfigError(f"{path} trained all weights: it is a model of its own, not a LoRA")
-        return lora
-    if place.is_file():
-        return place
-    if place.is_dir():
-        found = sorted(place.glob("*.safetensors"))
-        if (place / LORA_FILE).is_file():
-            return place
-        if len(found) != 1:
-            raise FileNotFoundError(
-                f"there is no {LORA_FILE} in {path}" + (f"; name one of its {len(found)} files" if found else "")
-            )
-        return found[0]
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no LoRA at {path} (hub ids look like owner/name)")
-    return path
-
-
-def _short(path: str) -> str:
-    """The last part of a path that exists; a checkpoint with its run's name."""
-    place = Path(path)
-    if not place.exists():
-        return path
-    place = place.absolute() if place.name not in ("", "..") else place.resolve()
-    if place.name.startswith("checkpoint-"):
-        return f"{place.parent.name}/{place.name}"
-    return place.stem if place.is_file() else place.name
-
-
-def _digest(place: Path | str) -> str | None:
-    """Weights by content: whole where small, and otherwise their sizes and pieces all over them. A hub id by its commit."""
-    if isinstance(place, str):
-        from huggingface_hub import try_to_load_from_cache
-
-        found = next((f for f in ("model_index.json", LORA_FILE) if isinstance(try_to_load_from_cache(place, f), str)), None)
-        return f"{place}@{Path(str(try_to_load_from_cache(place, found))).parent.name}" if found else None
-    piece, pieces = 1 << 20, 16
-    digest = hashlib.sha256()
-    files = [place] if place.is_file() else sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")])
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{'' if file == place else file.relative_to(place).as_posix()} {size} ".encode())
-        with file.open("rb") as content:
-            for start in range(0, size, max(piece, -(-size // pieces))):
-                content.seek(start)
-                digest.update(content.read(piece))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -420,7 +294,7 @@ def draw(
     with tqdm(total=len(todo), unit="picture", disable=not progress or not todo) as bar:
         for source in dict.fromkeys(item.column.source for item in todo):
             bar.set_description(f"loading {source.label}")
-            policy = source.open(settings, device)
+            policy = source.open(settings.dtype, device, **size_of(settings), **settings.call)
             size = batch_size or default_batch_size(policy)
             weights = digests[source.text] or source.digest()
             for column in dict.fromkeys(item.column.label for item in todo if item.column.source == source):
@@ -506,6 +380,11 @@ class Named:
             raise RewardError(
                 f"reward {self.name!r} raised {type(error).__name__}: {error} (FLOWRL_TRACEBACK=1 shows where)"
             ) from error
+
+
+def size_of(settings: Settings) -> dict[str, int]:
+    """Height and width where they are given."""
+    return {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
 
 
 def default_batch_size(policy: Policy) -> int:

@@ -367,11 +367,15 @@ def test_train_eval_gallery_and_sample(tmp_path, recipe, model, prompts, own_rew
     assert [row["seed"] for row in tuned["samples"]] == [row["seed"] for row in base["samples"]]
     assert [row["brightness"] for row in tuned["samples"]] != [row["brightness"] for row in base["samples"]]
 
-    argv = ["gallery", model, "run", "--rewards", "brightness", "--out", "pages/g", *sampling]
+    argv = ["gallery", model, "run", f"{model}+run@0.5", "--rewards", "brightness", "--out", "pages/g", *sampling]
     done = run(argv, tmp_path / "log")
     assert done.code == 0, done.err
     page = Path("pages/g/index.html").read_text()
-    assert "a red circle" in page and "flowrl sample run 'a red circle' --seed " in page.replace("\\u0027", "'")
+    assert (
+        "a red circle" in page
+        and "sd3+run@0.5" in page
+        and "flowrl sample run 'a red circle' --seed " in page.replace("\\u0027", "'")
+    )
 
     argv = ["sample", model, "a cat", "--against", "run", f"{model}+run@0.5", "--steps", "2", "--seeds", "2"]
     done = run([*argv, "--rewards", "own_rewards.red", "--grid", "--out", "pictures"], tmp_path / "log")

@@ -22,8 +22,9 @@ from flowrl.config import ConfigError, load_recipe
 from flowrl.evaluate import Protocol, evaluate
 from flowrl.pictures import Cell, contact_sheet, file_stem, picture_bytes, read_facts, read_frames, sheet_pages, slug
 from flowrl.policy import Policy
-from flowrl.sample import Settings, Source, command_of, sample_to_folder
+from flowrl.sample import Settings, command_of, sample_to_folder
 from flowrl.samplers.steering import BestOfN, steer
+from flowrl.sources import Source
 from tests.pipelines import CALL, tiny
 
 FAST = Settings(num_inference_steps=2)
@@ -176,7 +177,8 @@ def test_what_stands_inside_a_picture(tmp_path, model):
 
 @pytest.mark.parametrize("kind", ["plain", "noisy", "steered", "dpmpp2m"])
 def test_a_picture_is_drawn_again_from_itself(tmp_path, model, prompts, kind):
-    """`--from`: bit for bit, alone though it was drawn in a batch; other options may be changed on the way."""
+    """`--from`: to one level of 255, alone though it was drawn in a batch of four (whose products round otherwise); other
+    options may be changed on the way."""
     options = {
         "plain": [],
         "noisy": ["--transition", "cps", "noise_level=0.5"],
