@@ -171,18 +171,20 @@ def through_denoiser(model: Model, state: Tensor, node: int, lam: float) -> tupl
 
 
 def differentiate(
-    model: Model, state: Tensor, node: int, value: Callable[[Model, Tensor], tuple[Tensor, Tensor]]
+    model: Model, state: Tensor, node: int, value: Callable[[Model, Tensor], tuple[Tensor, Tensor]], passes: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For value(x) = (v, log h (P, N)): v, log h and grad_x log h, without graph. Goes through the prompts in parts."""
+    """For value(x) = (v, log h (P, N)): v, log h and grad_x log h, without graph. Goes through the prompts in parts.
+
+    passes: how many denoiser calls the gradient goes through.
+    """
     out = []
     for part, rows in model.parts(state.shape[1]):
         with torch.enable_grad():
             x = model.flow(state[rows], node).detach().requires_grad_()
             v, log_h = value(part, x)
         out.append((v.detach(), log_h.detach(), gradient(log_h, x)))
-    rows_done = state.shape[0] * state.shape[1]
-    model.counts.denoiser_backwards += rows_done
-    model.counts.reward_backwards += rows_done
+    model.counts.denoiser_backwards += state.shape[0] * state.shape[1] * passes
+    model.counts.reward_backwards += state.shape[0] * state.shape[1]
     v, log_h, u = (torch.cat(column) for column in zip(*out, strict=True))
     return v, log_h, u
 

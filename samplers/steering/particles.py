@@ -11,7 +11,7 @@ belongs to a particle is gathered with it, only its noise stream stays with its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +44,7 @@ from flowrl.samplers.transitions import CPS, DDIM, FlowSDE, Transition
 
 def ess(log_weights: Tensor) -> Tensor:
     """Effective sample size (sum w)^2 / sum w^2, (P,). log_weights: (P, N)."""
-    return (2 * log_weights.logsumexp(1) - (2 * log_weights).logsumexp(1)).exp()
+    return 1 / log_weights.softmax(1).square().sum(1)
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class FK:
         return weights.outcome(model, state, rewards, lam, self.returned)
 
 
-def checkpoint_nodes(t: list[float], count: int, t_from: float, t_to: float) -> list[int]:
+def checkpoint_nodes(t: Sequence[float], count: int, t_from: float, t_to: float) -> list[int]:
     """`count` nodes, evenly spaced among those with t_from >= t >= t_to; all of them where there are fewer."""
     inside = [i for i, time in enumerate(t[:-1]) if t_to - 1e-6 <= time <= t_from + 1e-6]
     count = min(count, len(inside))
@@ -309,7 +309,7 @@ class FlowMap:
 
         r_t(x) = (1 - t) lam r(X(x))               X: the flow map from t to 0, here `map_steps` Euler steps of the ODE
         mean += std^2 / 2 grad_x r_t
-        log w += lam r(X(x)) h
+        log w += lam r(X(x)) dt                    by the trapezoid rule
 
     The weight is that simple because r(X) is constant along the ODE. With map_steps = 1 the map is the denoiser, along which
     it is not: fast, and biased. Needs a differentiable reward and a noisy transition that keeps the marginals.
@@ -335,6 +335,7 @@ class FlowMap:
         lam, n = strength_of(model, self.tilt_strength), self.particles
         state = model.start(n)
         weights = Weights.start(len(model.prompts), n, state.device)
+        before = torch.zeros_like(weights.log_weights)
         for i in range(model.steps):
             if not lam:
                 state = advance(model, state, model.velocity(state, i), i, self.transition)
@@ -345,12 +346,14 @@ class FlowMap:
                 v = part.velocity(part.native(x, i), i)
                 return v, lam * part.reward(part.flow_map(x, v, part.t[i], self.map_steps))
 
-            v, value, u = differentiate(model, state, i, ahead)
-            weights.log_weights = weights.log_weights + value.double() * (t - t_next)
+            v, value, u = differentiate(model, state, i, ahead, self.map_steps)
+            if i:
+                weights.log_weights = weights.log_weights + (before + value.double()) / 2 * (model.t[i - 1] - t)
             ancestors = weights.resample(model, t, self.ess, self.resampling)
-            state, v, u = (gather(a, ancestors) for a in (state, v, u))
+            state, v, u, before = (gather(a, ancestors) for a in (state, v, u, value.double()))
             std = self.transition.std(t, t_next, model.t_max)
             shift = clipped(langevin_shift(std, (1 - t) * u), self.clip * float(std))
             state = advance(model, state, v, i, self.transition, shift)
         rewards = model.reward(model.flow(state, model.steps))
+        weights.log_weights = weights.log_weights + (before + lam * rewards.double()) / 2 * (model.t[-2] - model.t[-1])
         return weights.outcome(model, state, rewards, lam, self.returned)

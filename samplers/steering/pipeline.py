@@ -65,8 +65,8 @@ class PolicyModel(Model):
     def draw_start(self, n: int) -> tuple[Tensor, Tensor]:
         seeds = [particle_seed(seed, j) for seed in self.seeds for j in range(n)]
         texts = self._texts(n)
-        parts = [self.policy.trunk(texts[rows], seeds[rows], 0, **self.call) for rows in self._rows(len(texts))]
-        state, v = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+        parts = [self.policy.trunk(texts[rows], seeds[rows], 0, **self.call)[:2] for rows in self._rows(len(texts))]
+        state, v = (torch.cat(column) for column in zip(*parts, strict=True))
         self.dtype = state.dtype
         return self._unflat(state, n), self._unflat(v, n)
 
