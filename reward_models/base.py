@@ -52,9 +52,12 @@ class FunctionReward:
 
 
 def as_scores(values: Any, count: int, name: str) -> Tensor:
-    """What a scorer returned, as (count,) fp32 on the CPU, None as NaN. Raises RewardError on anything else."""
+    """What a scorer returned, as (count,) fp32 on the CPU, None as NaN; a tensor keeps its graph, for those who climb gradients.
+
+    Raises RewardError on anything else.
+    """
     if isinstance(values, Tensor):
-        scores = values.detach().float().cpu()
+        scores = values.float().cpu()
     else:
         try:
             scores = torch.tensor([float("nan") if value is None else float(value) for value in values])
@@ -131,7 +134,8 @@ def score(rewards: dict[str, Reward], samples: Samples) -> Tensor:
     columns = []
     for name, reward in rewards.items():
         try:
-            values = reward(samples)
+            with torch.no_grad():
+                values = reward(samples)
         except RewardError:
             raise
         except Exception as error:

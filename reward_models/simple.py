@@ -7,9 +7,9 @@ import io
 from torch import Tensor
 
 
-def brightness(images: Tensor, prompts: list[str]) -> list[float]:
-    """Mean of all pixels, in [0, 1]."""
-    return images.float().flatten(1).mean(1).tolist()
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    """Mean of all pixels, in [0, 1]. Differentiable."""
+    return images.float().flatten(1).mean(1)
 
 
 def jpeg_size(images: list, prompts: list[str]) -> list[float]:
