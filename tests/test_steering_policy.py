@@ -25,6 +25,7 @@ from flowrl.samplers.steering import (
     genealogy_picture,
     guided_rollout,
     steer,
+    steer_each,
 )
 from flowrl.samplers.steering.guidance import through_denoiser
 from flowrl.samplers.steering.pipeline import particle_seed
@@ -97,6 +98,10 @@ def test_several_prompts_and_seeds_do_not_share_particles(sd3):
     alone = steer(sd3, PROMPTS[1:], Bright(), FK(4, 200.0), [2])
     for ours, theirs in zip(together.report.history.ancestors, alone.report.history.ancestors, strict=True):
         assert ours[3].tolist() == theirs[0].tolist()
+    each = steer_each(sd3, PROMPTS, Bright(), FK(4, 200.0), [1, 2])
+    torch.testing.assert_close(each.samples.latents, together.samples.latents[[0, 3]], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="a seed for each prompt"):
+        steer_each(sd3, PROMPTS, Bright(), FK(4), [1])
     torch.testing.assert_close(together.samples.latents[3:], alone.samples.latents, atol=1e-4, rtol=1e-4)
 
 

@@ -114,17 +114,37 @@ def steer(
     batch_size: samples per denoiser and decoder call. With one particle, or without strength, the result is the plain sampler's.
     """
     items = [prompt for prompt in prompts for _ in seeds]
-    if not items:
-        raise ValueError("steering needs at least one prompt and one seed")
+    result = steer_each(
+        policy, items, reward, method, [seed for _ in prompts for seed in seeds],
+        batch_size=batch_size, keep_particles=keep_particles, **call,
+    )  # fmt: skip
+    result.samples.group = torch.arange(len(prompts)).repeat_interleave(len(seeds))
+    return result
+
+
+def steer_each(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Callable[[Samples], Tensor],
+    method: Steering,
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 64,
+    keep_particles: bool = False,
+    **call: Any,
+) -> SteeredSamples:
+    """The same with one seed for each prompt."""
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(f"steering needs a seed for each prompt, and got {len(prompts)} prompts with {len(seeds)} seeds")
     with torch.no_grad():
-        model = PolicyModel(policy, items, [seed for _ in prompts for seed in seeds], reward, batch_size, **call)
+        model = PolicyModel(policy, prompts, seeds, reward, batch_size, **call)
         outcome = method.run(model)
         chosen = outcome.chosen.to(outcome.state.device)
         picked = model.samples(gather(outcome.state, chosen[:, None]))
-        model.counts.decodes += len(items)
+        model.counts.decodes += len(prompts)
         particles = model.samples(outcome.state) if keep_particles else None
     p, n = outcome.rewards.shape
-    picked.seeds, picked.group = model.seeds, torch.arange(len(prompts)).repeat_interleave(len(seeds))
+    picked.seeds = model.seeds
     report = Report(
         method,
         model.counts,
@@ -161,4 +181,5 @@ __all__ = [
     "genealogy_picture",
     "guided_rollout",
     "steer",
+    "steer_each",
 ]

@@ -49,6 +49,10 @@ def genealogy_picture(report: Report, path: str | Path, populations: int = 8) ->
                     if (colour != DEAD) == drawn_last:
                         ends = [(margin + (k + i) * dx, top + place * dy + dy // 2) for i, place in ((0, parent), (1, j))]
                         draw.line(ends, fill=colour, width=3 if ours else 2)
+        for k, row in enumerate(alive):
+            for j in range(n):
+                x, y = margin + k * dx, top + j * dy + dy // 2
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=CHOSEN if line[k] == j else ALIVE if bool(row[j]) else DEAD)
         for k, (t, size) in enumerate(zip(history.t, history.ess, strict=True), 1):
             label = f"t {t:.2f}\n{float(size[p]):.1f}" if p == count - 1 else f"{float(size[p]):.1f}"
             draw.text((margin + k * dx - 12, top + n * dy + 2), label, fill=TEXT)
