@@ -175,7 +175,7 @@ class FK:
     checkpoints: int = 4  #: Looks at x0_hat on the way, evenly spaced in steps; each decodes and scores N pictures.
     t_from: float = 0.8  #: Time of the first checkpoint at the earliest: pictures at higher noise say little.
     t_to: float = 0.2  #: Time of the last checkpoint at the latest: copies made later hardly differ.
-    ess: float = 0.5  #: Resample where the effective sample size falls below this part of N; 1 always, 0 never.
+    ess: float = 0.5  #: Resample where the effective sample size is below this part of N: above 1 / N, or never; 1 is always.
     resampling: Literal["systematic", "stratified", "multinomial"] = "systematic"  #: How ancestors are drawn.
     transition: Move = CPS(0.8)  #: The noisy step, or its name, or {name: cps, noise_level: 0.7}; glass keeps the ODE's quality.
     returned: Literal["best", "sample"] = "best"  #: The particle of highest reward, or one drawn by its weight.
@@ -248,7 +248,7 @@ class Twisted:
     tilt_strength: float | None = None  #: lam. By default lam r spreads by 1.5 over base samples, drawn first and counted.
     tempering: float = 0.0  #: gamma; 0 has full strength from the start. Paper: 0.008 with 100 steps.
     clip: float = 1.0  #: Longest move of a proposal, in standard deviations of its step, root mean square over dims.
-    ess: float = 0.5  #: Resample where the effective sample size falls below this part of N; 1 always, 0 never.
+    ess: float = 0.5  #: Resample where the effective sample size is below this part of N: above 1 / N, or never; 1 is always.
     resampling: Literal["systematic", "stratified", "multinomial"] = "systematic"  #: How ancestors are drawn.
     transition: Transition = DDIM(1.0)  #: The noisy step, or its name. Ancestral, for which the proposal is Doob's drift.
     returned: Literal["best", "sample"] = "best"  #: The particle of highest reward, or one drawn by its weight.
@@ -319,7 +319,7 @@ class FlowMap:
     tilt_strength: float | None = None  #: lam. By default lam r spreads by 1.5 over base samples, drawn first and counted.
     map_steps: int = 4  #: Euler steps of the look-ahead, each a denoiser call with gradient.
     clip: float = 1.0  #: Longest drift, in standard deviations of its step, root mean square over dims; cut drifts are biased.
-    ess: float = 0.5  #: Resample where the effective sample size falls below this part of N; 1 always, 0 never.
+    ess: float = 0.5  #: Resample where the effective sample size is below this part of N: above 1 / N, or never; 1 is always.
     resampling: Literal["systematic", "stratified", "multinomial"] = "systematic"  #: How ancestors are drawn.
     transition: Transition = FlowSDE(0.7)  #: The noisy step, or its name.
     returned: Literal["best", "sample"] = "best"  #: The particle of highest reward, or one drawn by its weight.
