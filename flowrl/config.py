@@ -72,7 +72,7 @@ class Recipe:
         "decay=cosine lets that level fall towards the picture, to final_level.",
     )
     steps: dict[str, Any] = option(
-        {"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, or window."
+        {"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, window, or backward."
     )
     solver: Literal["euler", "dpmpp2m"] = option(
         "euler",

@@ -1,6 +1,6 @@
 """How a trajectory is drawn: the flow and its coordinates, the Gaussian steps, and which steps are stochastic."""
 
-from flowrl.samplers.schedules import SCHEDULES, AllButLast, Fraction, Window, t_max_of, time_grid
+from flowrl.samplers.schedules import SCHEDULES, AllButLast, Backward, Fraction, Window, t_max_of, time_grid
 from flowrl.samplers.transitions import (
     CPS,
     DDIM,
@@ -23,6 +23,7 @@ __all__ = [
     "SCHEDULES",
     "TRANSITIONS",
     "AllButLast",
+    "Backward",
     "DanceSDE",
     "FlowSDE",
     "Fraction",

@@ -117,7 +117,27 @@ def cosine(t: Tensor, high: float, low: float) -> Tensor:
 #: Noise level of a step from t, by the name that a transition's `decay` uses. high: the transition's own level.
 DECAYS: dict[str, Callable[[Tensor, float, float], float | Tensor]] = {"none": constant, "cosine": cosine}
 
-SCHEDULES = {"all_but_last": AllButLast, "fraction": Fraction, "window": Window}
+
+@dataclass(frozen=True)
+class Backward:
+    """The last steps before the end, reaching further back as training goes on (B2-DiffuRL, arXiv 2503.11240).
+
+    Rewards are easy to assign near the picture; what was learned there is in place when earlier steps begin to train.
+    """
+
+    size: int = 2  #: Number of trained steps at the start.
+    every: int = 25  #: Updates after which one more step trains, until all but the last one do.
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.every < 1:
+            raise ValueError(f"Backward size={self.size}, every={self.every}: both must be at least 1.")
+
+    def steps(self, num_steps: int, seed: int, update: int) -> list[int]:
+        end = _trainable(num_steps)
+        return list(range(max(0, end - self.size - update // self.every), end))
+
+
+SCHEDULES = {"all_but_last": AllButLast, "fraction": Fraction, "window": Window, "backward": Backward}
 
 
 def _trainable(num_steps: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 
 from flowrl.policy import Policy
-from flowrl.samplers import CPS, FlowSDE
+from flowrl.samplers import CPS, DDIM, Backward, FlowSDE
 from flowrl.samplers.branching import branched_rollout, correlated, tree_seeds
 from flowrl.samplers.scheduler import Unservable
 from flowrl.train import GRPO
@@ -108,8 +108,25 @@ def test_trees():
     assert len(samples.latents.flatten(1).unique(dim=0)) == 8
 
 
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan"])
+def test_branch_sets_in_a_backward_window(name):
+    """B2-DiffuRL: two starts with three branches each, that part where the trained last steps begin. The ODE trunk is shared."""
+    policy = make(name)
+    stochastic = Backward(size=2, every=5).steps(6, seed=0, update=5)
+    assert stochastic == [2, 3, 4]
+    init, _ = tree_seeds([(5,)] * 6, range(6), [3], 3)
+    samples = branched_rollout(policy, ["blue"] * 6, SEEDS, init_seeds=init, transition=DDIM(1.0), stochastic=stochastic)
+    assert [len(step.native) for step in samples.steps] == [2, 6, 6]
+    trunk, _, _ = policy.trunk(["blue"] * 2, [init[0], init[3]], 2)
+    assert torch.equal(samples.steps[0].native, trunk)
+    assert len(samples.latents.flatten(1).unique(dim=0)) == 6
+    for step in samples.steps:
+        v = policy.velocity(samples.texts, step)
+        assert torch.equal(step.gaussian(v).log_prob(step.x_next), step.log_prob)
+
+
 def test_several_starts_in_a_group():
-    """B2-DiffuRL's branch sets: [3] in a group of six is two starts with three branches each."""
+    """[3] in a group of six is two starts with three branches each; more splits than noisy steps are refused."""
     init, noise = tree_seeds([(5,)] * 6, range(6), [3], 2)
     assert init[:3] == init[:1] * 3 and init[3:] == init[3:4] * 3 and init[0] != init[3] and noise is None
     with pytest.raises(ValueError, match="split at 2 steps, of 1"):
@@ -162,6 +179,4 @@ def test_a_pipeline_that_edits_its_latents_is_refused():
     mask[..., : size // 2] = 1
     policy = Policy(pipe, {**call, "mask_image": mask, "strength": 1.0})
     with pytest.raises(Unservable, match="edits its latents"):
-        branched_rollout(
-            policy, ["blue"] * 2, [1, 2], init_seeds=[3, 3], transition=FlowSDE(0.7), stochastic=[1]
-        )
+        branched_rollout(policy, ["blue"] * 2, [1, 2], init_seeds=[3, 3], transition=FlowSDE(0.7), stochastic=[1])

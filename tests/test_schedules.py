@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowrl.samplers import SCHEDULES, AllButLast, Fraction, Window, t_max_of, time_grid
+from flowrl.samplers import SCHEDULES, AllButLast, Backward, Fraction, Window, t_max_of, time_grid
 from flowrl.samplers.schedules import DECAYS, cosine
 
 ALL = [
     AllButLast(),
+    Backward(2),
     Fraction(0.3),
     Fraction(1.0),
     Window(2),
@@ -124,7 +125,7 @@ def test_errors_name_the_numbers_and_the_fix(make, message):
 
 def test_schedules_are_found_by_name():
     assert SCHEDULES["window"](size=3, high=9).steps(10, 0, 0) == Window(3, high=9).steps(10, 0, 0)
-    assert set(SCHEDULES) == {"all_but_last", "fraction", "window"}
+    assert set(SCHEDULES) == {"all_but_last", "fraction", "window", "backward"}
 
 
 # -- noise levels ------------------------------------------------------------------------------------------------------
@@ -192,3 +193,13 @@ def test_diffusers_own_grid_differs_by_its_sigma_min(shift):
     even = 1 - (1 - sigma_min) * (1 - time_grid(9))
     torch.testing.assert_close(shift * even / (1 + (shift - 1) * even), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
     assert (time_grid(10, shift) - scheduler.sigmas).abs().max() > 0.05
+
+
+def test_backward_reaches_back_and_stops_at_the_first_step():
+    """size 2, one more every 10 updates: of 6 steps (the last never trains) 3-4, then 2-4, ..., at last 0-4."""
+    schedule = Backward(size=2, every=10)
+    assert [schedule.steps(6, 0, update) for update in (0, 9, 10, 29, 1000)] == [
+        [3, 4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="at least 1"):
+        Backward(size=0)
