@@ -21,6 +21,7 @@ from flowrl.samplers.steering.loop import History, Model, Outcome, advance, gath
 from flowrl.samplers.steering.particles import (
     POTENTIALS,
     Past,
+    Weights,
     checkpoint_nodes,
     ess,
     log_mean_exp,
@@ -535,3 +536,29 @@ def test_value_and_gradient_through_the_denoiser_by_finite_differences():
     up, down = (through_denoiser(model, state + sign * step, 6, 2.0)[1] for sign in (1, -1))
     torch.testing.assert_close(u[..., 0], (up - down) / (2 * step), rtol=1e-2, atol=2e-2)
     assert value.shape == (2, 3)
+
+
+def test_a_population_resamples_alike_whatever_its_batch_mates_weights():
+    """One population is level at the first look, where its mate is not, and uneven at the second: its ancestors are those that it
+    has alone, so its stream was not advanced by the mate's need."""
+
+    class Streams:
+        def __init__(self, seeds):
+            self.own = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw_uniform(self, n):
+            return torch.stack([torch.rand(n, generator=generator, dtype=torch.float64) for generator in self.own])
+
+    level, uneven = torch.zeros(8).double(), torch.linspace(0, 6, 8).double()
+    looks = [torch.stack([level, uneven]), torch.stack([uneven, level])]
+
+    def ancestors(rows, seeds):
+        weights, model = Weights.start(len(rows), 8, torch.device("cpu")), Streams(seeds)
+        for look in looks:
+            weights.log_weights = look[rows]
+            found = weights.resample(model, 0.5, 0.5, "multinomial")
+        return found
+
+    together = ancestors([0, 1], [5, 6])
+    assert together[0].tolist() == ancestors([0], [5])[0].tolist() != list(range(8))
+    assert together[1].tolist() == list(range(8))

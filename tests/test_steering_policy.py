@@ -90,15 +90,15 @@ def test_best_of_one_is_the_ode_rollout(policy):
 
 
 def test_several_prompts_and_seeds_do_not_share_particles(sd3):
-    together = steer(sd3, PROMPTS, Bright(), FK(4, 200.0), [1, 2])
+    together = steer(sd3, PROMPTS, Bright(), FK(4, 1000.0), [1, 2])
     assert [(prompt.text, seed) for prompt, seed in zip(together.samples.prompts, together.samples.seeds, strict=True)] == [
         (prompt.text, seed) for prompt in PROMPTS for seed in (1, 2)
     ]
     assert together.samples.group.tolist() == [0, 0, 1, 1]
-    alone = steer(sd3, PROMPTS[1:], Bright(), FK(4, 200.0), [2])
+    alone = steer(sd3, PROMPTS[1:], Bright(), FK(4, 1000.0), [2])
     for ours, theirs in zip(together.report.history.ancestors, alone.report.history.ancestors, strict=True):
         assert ours[3].tolist() == theirs[0].tolist()
-    each = steer_each(sd3, PROMPTS, Bright(), FK(4, 200.0), [1, 2])
+    each = steer_each(sd3, PROMPTS, Bright(), FK(4, 1000.0), [1, 2])
     torch.testing.assert_close(each.samples.latents, together.samples.latents[[0, 3]], atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="a seed for each prompt"):
         steer_each(sd3, PROMPTS, Bright(), FK(4), [1])

@@ -106,8 +106,9 @@ class Weights:
         size = ess(self.log_weights)
         low = size < threshold * n
         ancestors = torch.arange(n, device=low.device).repeat(p, 1)
+        # Drawn whether needed or not: a population's numbers must not depend on whether a batch mate's weights are low.
+        u = model.draw_uniform(1 if scheme == "systematic" else n).to(low.device)
         if bool(low.any()):
-            u = model.draw_uniform(1 if scheme == "systematic" else n).to(low.device)
             ancestors = torch.where(low[:, None], RESAMPLING[scheme](self.log_weights.softmax(1), u), ancestors)
             self.log_z = self.log_z + torch.where(low, log_mean_exp(self.log_weights), 0.0)
             self.log_weights = torch.where(low[:, None], 0.0, self.log_weights)
