@@ -359,6 +359,7 @@ def show(browser: Any, tab: Any, problems: list[str]) -> Iterator[Any]:
 
     `expected` is an error message that a test provokes.
     """
+    tab.goto("about:blank")  # what the page before it still had to say (an image that was missing) is not this test's
     problems.clear()
     pages, provoked = [], []
 
