@@ -176,11 +176,10 @@ class Recipe:
             )
         if not 0 <= self.lr_decay_from <= 1:
             raise ConfigError(f"lr_decay_from={self.lr_decay_from}: must lie in [0, 1]")
-        leaves = math.prod(int(b) for b in self.branches)
-        if any(b < 2 for b in self.branches) or self.num_generations % leaves:
+        whole = all(type(b) is int and b >= 2 for b in self.branches)
+        if not whole or self.num_generations % math.prod(self.branches):
             raise ConfigError(
-                f"branches={self.branches}: whole numbers from 2 up, whose product ({leaves}) divides "
-                f"num_generations={self.num_generations}"
+                f"branches={self.branches}: whole numbers from 2 up, whose product divides num_generations={self.num_generations}"
             )
         if self.branch_spread is not None and not (self.branch_spread > 0 and self.branches):
             raise ConfigError(f"branch_spread={self.branch_spread}: must be positive, and goes with branches")

@@ -110,6 +110,11 @@ class Policy:
     def _parameters(self) -> Any:
         return inspect.signature(self._raw_call).parameters
 
+    @property
+    def call_names(self) -> list[str]:
+        """The pipeline's call arguments that a user may set; the others are set by rollout, replay and decode."""
+        return sorted(set(self._parameters) - {"self", "prompt", "latents", "generator", "output_type", "return_dict"})
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by a name that is stable over runs."""
         return {

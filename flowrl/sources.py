@@ -65,10 +65,9 @@ class Source:
     def open(self, dtype: str = "float32", device: str | None = None, **call: Any) -> Policy:
         """The policy, with its LoRAs on. call: arguments of the pipeline. Raises ConfigError for what does not fit the model."""
         policy = load_trained(self.model, dtype=dtype, device=device, **call)
-        known = set(policy._parameters) - {"self", "prompt", "latents", "generator", "output_type", "return_dict"}
         for name in policy.call:
-            if name not in known:
-                raise ConfigError(unknown(f"argument of {policy.name}", name, sorted(known)))
+            if name not in policy.call_names:
+                raise ConfigError(unknown(f"argument of {policy.name}", name, policy.call_names))
         names, scales = (["policy"], [1.0]) if policy.has_lora else ([], [])
         for i, (path, scale) in enumerate(self.loras):
             names, scales = [*names, f"lora{i}"], [*scales, scale]

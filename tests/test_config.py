@@ -166,3 +166,9 @@ def test_learning_rate_schedule():
     factors = [lr_factor(recipe, Progress(step=step, updates=step)) for step in (0, 3, 60, 80, 99)]
     assert factors == pytest.approx([0.25, 1, 1, 0.5, 0.025])
     assert lr_factor(Recipe(max_steps=10), Progress(step=9, updates=9)) == 1
+
+
+@pytest.mark.parametrize("branches", ["[1]", "[3]", "[2.5]", "[a]", "[4, 4]"])
+def test_branches_are_whole_numbers_that_divide_a_group(branches):
+    with pytest.raises(ConfigError, match="whole numbers from 2 up"):
+        load_recipe("quickstart", [f"branches={branches}"])

@@ -528,10 +528,9 @@ def _check_lora(lora: str | None) -> None:
 
 def _check_call(recipe: Recipe, policy: Policy) -> None:
     """The pipeline takes these arguments, and the loop does not set them itself."""
-    known = set(policy._parameters) - {"self", "prompt", "latents", "generator", "output_type", "return_dict"}
     for name in recipe.call_arguments():
-        if name not in known:
-            raise ConfigError(unknown(f"argument (or one that training sets itself) of {policy.name}", name, sorted(known)))
+        if name not in policy.call_names:
+            raise ConfigError(unknown(f"argument (or one that training sets itself) of {policy.name}", name, policy.call_names))
 
 
 def _trackers(recipe: Recipe) -> list[str]:
