@@ -48,7 +48,7 @@ from flowrl.pictures import (
 from flowrl.policy import DTYPES, Policy
 from flowrl.record import environment, move, unfinished, write_text, writing
 from flowrl.reward_models import load_reward
-from flowrl.reward_models.base import Reward, RewardError, score, to_pil
+from flowrl.reward_models.base import Reward, failing_as, score, to_pil
 from flowrl.samplers import TRANSITIONS, AllButLast
 from flowrl.samplers.steering import STEERS, PolicyModel, Report, genealogy_picture, steer
 from flowrl.samplers.steering.loop import strength_of
@@ -372,14 +372,8 @@ class Named:
         return getattr(self.reward, name)
 
     def __call__(self, samples: Samples) -> Tensor:
-        try:
+        with failing_as(self.name, torch.OutOfMemoryError):
             return self.reward(samples)
-        except (RewardError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"reward {self.name!r} raised {type(error).__name__}: {error} (FLOWRL_TRACEBACK=1 shows where)"
-            ) from error
 
 
 def size_of(settings: Settings) -> dict[str, int]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +127,17 @@ def load_reward(spec: Any, **options: Any) -> Reward:
     return function if hasattr(function, "name") else FunctionReward(function, function_name)
 
 
+@contextmanager
+def failing_as(name: str, *passing: type[Exception]) -> Iterator[None]:
+    """Whatever a reward raises becomes a RewardError that names it, from its cause; exceptions in `passing` stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (RewardError, *passing)):
+            raise
+        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} (FLOWRL_TRACEBACK=1 shows where)") from error
+
+
 def score(rewards: dict[str, Reward], samples: Samples) -> Tensor:
     """Every reward of every sample, (N, K) fp32 on the CPU, columns in the order of `rewards`.
 
@@ -133,14 +145,7 @@ def score(rewards: dict[str, Reward], samples: Samples) -> Tensor:
     """
     columns = []
     for name, reward in rewards.items():
-        try:
-            with torch.no_grad():
-                values = reward(samples)
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"reward {name!r} raised {type(error).__name__}: {error} (FLOWRL_TRACEBACK=1 shows where)"
-            ) from error
+        with torch.no_grad(), failing_as(name):
+            values = reward(samples)
         columns.append(as_scores(values, len(samples), name))
     return torch.stack(columns, dim=1) if columns else torch.zeros(len(samples), 0)
