@@ -6,6 +6,7 @@ whatever the pipeline's own scheduler sees (packed for FLUX, Qwen-Image, LTX; wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ class Samples:
 
     latents: (N, ...) final latents, in the pipeline's coordinates. images: (N, 3, H, W) or (N, F, 3, H, W) fp32 in [0, 1].
     group: (N,) int64, equal for the G samples of one prompt. seeds: one per sample: a sample depends on nothing else.
-    steps: the recorded steps, noisiest first; each holds all N samples.
+    steps: the recorded steps, noisiest first; each holds all N samples. references: (N, R, 3, H, W) in [0, 1], R pictures to
+    compare each sample with, for rewards that need them. fps: frames per second of clips.
     """
 
     prompts: list[Prompt]
@@ -92,6 +94,8 @@ class Samples:
     latents: Tensor
     images: Tensor | None = None
     steps: list[Step] = field(default_factory=list)
+    references: Tensor | None = None
+    fps: float | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -106,6 +110,30 @@ class Samples:
         names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
         return {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
 
+    def select(self, indices: Sequence[int] | Tensor) -> Samples:
+        """Some of the samples, in this order, without their recorded steps."""
+        rows = torch.as_tensor(indices, dtype=torch.int64).cpu()
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows.to(values.device)]
+
+        return Samples(
+            prompts=[self.prompts[i] for i in rows.tolist()],
+            seeds=[self.seeds[i] for i in rows.tolist()],
+            group=self.group[rows.to(self.group.device)],
+            latents=self.latents[rows.to(self.latents.device)],
+            images=of(self.images),
+            references=of(self.references),
+            fps=self.fps,
+        )
+
+    def by_group(self) -> list[Tensor]:
+        """The indices of each prompt's samples, (G,) int64 each, groups in the order of their first sample."""
+        places: dict[int, list[int]] = {}
+        for i, group in enumerate(self.group.tolist()):
+            places.setdefault(group, []).append(i)
+        return [torch.tensor(indices) for indices in places.values()]
+
     @property
     def trajectory_bytes(self) -> int:
         """Memory of the recorded steps, in bytes; a tensor that two steps share counts once."""
@@ -116,12 +144,15 @@ class Samples:
 def concatenate(parts: list[Samples]) -> Samples:
     """Several batches as one, without their recorded steps (those stay in the batches that the update replays)."""
     images = [part.images for part in parts if part.images is not None]
+    references = [part.references for part in parts if part.references is not None]
     return Samples(
         prompts=[prompt for part in parts for prompt in part.prompts],
         seeds=[seed for part in parts for seed in part.seeds],
         group=torch.cat([part.group for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
         images=torch.cat(images) if len(images) == len(parts) else None,
+        references=torch.cat(references) if len(references) == len(parts) else None,
+        fps=parts[0].fps,
     )
 
 

@@ -1,20 +1,78 @@
-"""How a sample is scored. A reward is a callable `reward(samples) -> Tensor (N,)`; NaN abstains."""
+"""How a sample is scored. A reward is a callable `reward(samples) -> Tensor (N,)`; NaN abstains.
+
+`flowrl rewards` lists them. They are imported when they are asked for: most bring a network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
-from flowrl.reward_models import simple
-from flowrl.reward_models.base import FunctionReward, Reward, RewardError, load_reward, score
-from flowrl.reward_models.verify import TinyVerifier
+from flowrl.reward_models.base import (
+    FunctionReward,
+    Reward,
+    RewardError,
+    Traits,
+    load_reward,
+    load_rewards,
+    score,
+)
 
-#: Rewards by the name that a recipe uses.
-REWARDS: dict[str, Callable[..., Reward]] = {
-    "tiny_strict": partial(TinyVerifier, "strict"),
-    "tiny_dense": partial(TinyVerifier, "dense"),
-    "brightness": partial(FunctionReward, simple.brightness),
-    "jpeg_size": partial(FunctionReward, simple.jpeg_size),
+_HERE = "flowrl.reward_models"
+
+#: Rewards by the name that a recipe uses: where they are, and options that the name implies.
+REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
+    # -- exact
+    "tiny_strict": (f"{_HERE}.verify:TinyVerifier", {"mode": "strict"}),
+    "tiny_dense": (f"{_HERE}.verify:TinyVerifier", {"mode": "dense"}),
+    "geneval": (f"{_HERE}.geneval:GenEval", {}),
+    "layout": (f"{_HERE}.grounding:GaussianLayout", {}),
+    "ocr": (f"{_HERE}.ocr:OCR", {}),
+    # -- preference
+    "clip_score": (f"{_HERE}.preference:ClipScore", {}),
+    "pickscore": (f"{_HERE}.preference:PickScore", {}),
+    "hpsv2": (f"{_HERE}.preference:HPSv2", {}),
+    "image_reward": (f"{_HERE}.image_reward:ImageReward", {}),
+    "aesthetic": (f"{_HERE}.preference:Aesthetic", {}),
+    "preference": (f"{_HERE}.preference:PreferenceModel", {}),
+    # -- judges
+    "judge": (f"{_HERE}.judge:YesNo", {}),
+    "pairwise": (f"{_HERE}.judge:Pairwise", {}),
+    "reference_judge": (f"{_HERE}.judge:Reference", {}),
+    "rubric": (f"{_HERE}.judge:Rubric", {}),
+    "win_rate": (f"{_HERE}.win_rate:WinRate", {}),
+    "yes_token": (f"{_HERE}.generative:YesToken", {}),
+    # -- artifacts, distributions, critics
+    "artifact": (f"{_HERE}.artifact:ArtifactDetector", {}),
+    "adversarial": (f"{_HERE}.adversarial:Adversarial", {}),
+    "frechet": (f"{_HERE}.distribution:Frechet", {}),
+    "mmd": (f"{_HERE}.distribution:MMD", {}),
+    "vendi": (f"{_HERE}.distribution:Vendi", {}),
+    "transport": (f"{_HERE}.transport:Transport", {}),
+    "token_transport": (f"{_HERE}.transport:TokenTransport", {}),
+    "latent": (f"{_HERE}.latent:LatentReward", {}),
+    # -- made of others
+    "ensemble": (f"{_HERE}.composite:Ensemble", {}),
+    "gate": (f"{_HERE}.composite:Gate", {}),
+    "tree": (f"{_HERE}.composite:Tree", {}),
+    "uncertain": (f"{_HERE}.uncertainty:Uncertain", {}),
+    "region_map": (f"{_HERE}.maps:RegionMap", {}),
+    "remote": (f"{_HERE}.remote:Remote", {}),
+    # -- without a model
+    "brightness": (f"{_HERE}.simple:brightness", {}),
+    "jpeg_size": (f"{_HERE}.simple:jpeg_size", {}),
 }
 
-__all__ = ["REWARDS", "FunctionReward", "Reward", "RewardError", "load_reward", "score"]
+#: Trained reward models that ship (assets/rewards), for the embedded world.
+EMBEDDED = ("tiny_clip", "tiny_preference", "tiny_preference_1", "tiny_preference_2", "tiny_artifact", "tiny_transport")
+
+__all__ = [
+    "EMBEDDED",
+    "REWARDS",
+    "FunctionReward",
+    "Reward",
+    "RewardError",
+    "Traits",
+    "load_reward",
+    "load_rewards",
+    "score",
+]

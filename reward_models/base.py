@@ -2,9 +2,11 @@
 
     reward(samples) -> Tensor (N,)
 
-A plain function `def f(images, prompts, **columns) -> list[float | None]` is a reward too, and so is its dotted path. It gets
-images as a tensor (N, 3, H, W) in [0, 1] (clips: (N, F, 3, H, W)), or as PIL pictures when it has the attribute `pil = True`,
-and those columns of the prompt file that it names (all of them with **columns). None abstains.
+Four arities: a reward looks at one sample at a time (point), compares the samples of one prompt (group), or scores a sample by
+what it does to a whole set (batch); a process reward also scores noisy states, step by step. `Traits` says which, and what the
+reward needs. A plain function `def f(images, prompts, **columns) -> list[float | None]` is a reward too, and so is its dotted
+path. It gets images as a tensor (N, 3, H, W) in [0, 1] (clips: (N, F, 3, H, W)), or as PIL pictures when it has the attribute
+`pil = True`, and those columns of the prompt file that it names (all of them with **columns). None abstains.
 """
 
 from __future__ import annotations
@@ -12,35 +14,104 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+import yaml
 from torch import Tensor
 
 from flowrl.batch import Samples
 
+#: What a reward may ask of the samples: decoded pictures, clips (N, F, 3, H, W), their frame rate, pictures to compare with,
+#: final latents.
+NEEDS = ("images", "clips", "fps", "references", "latents")
+REWARD_FILE = "reward.json"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a reward says about itself, to the loop and to its readers."""
+
+    arity: Literal["point", "group", "batch"] = "point"  #: group compares the samples of one prompt, batch all of them.
+    needs: tuple[str, ...] = ("images",)  #: Among NEEDS.
+    columns: tuple[str, ...] = ()  #: Columns of the prompt file that it reads; it abstains where they are missing.
+    range: tuple[float, float] = (-math.inf, math.inf)  #: Its values lie within.
+    differentiable: bool = False  #: Its gradients reach the pictures.
+    remote: bool = False  #: It waits for another machine: the loop draws the next batch meanwhile.
+    licence: str = ""  #: Of its weights.
+
 
 class Reward(Protocol):
-    """A scorer. Stateful ones are classes; `name` is how metrics call it."""
+    """A scorer. Stateful ones are classes; `name` is how metrics call it. It may have `traits`; without, `Traits()` holds."""
 
     name: str
 
     def __call__(self, samples: Samples) -> Tensor:
-        """(N,) fp32 on the CPU, higher is better, NaN abstains."""
+        """(N,) fp32, higher is better, NaN abstains."""
+
+
+@runtime_checkable
+class LearningReward(Protocol):
+    """A reward that goes on learning while it is used. The loop calls `update` after each scoring and keeps its state."""
+
+    def update(self, samples: Samples, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Learn from fresh samples. reduce averages a tensor over processes. Returns metrics by name."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class ProcessReward(Protocol):
+    """A reward of noisy states: what steering and per-step credit ask for."""
+
+    def noisy(self, x: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
+        """x: (B, ...) in flow coordinates; t: (B,), 1 is noise; returns (B,) with graph."""
+
+
+@runtime_checkable
+class MapReward(Protocol):
+    """A reward that also says where: its score is the mean of its map."""
+
+    def map(self, samples: Samples) -> Tensor:
+        """(N, h, w) in [0, 1], 1 is good."""
 
 
 class RewardError(RuntimeError):
     """A scorer broke its contract or failed; the message names the reward and what it did."""
 
 
+def traits_of(reward: Any) -> Traits:
+    return getattr(reward, "traits", None) or Traits()
+
+
+def parts_of(reward: Any) -> Iterator[Any]:
+    """A reward and all the rewards inside it: `of` holds one of them, or a list."""
+    yield reward
+    inner = getattr(reward, "of", None)
+    for part in inner if isinstance(inner, list | tuple) else [] if inner is None else [inner]:
+        yield from parts_of(part)
+
+
 class FunctionReward:
-    """A plain function as a reward. Raises RewardError when it returns the wrong number or type of values."""
+    """A plain function as a reward. Raises RewardError when it returns the wrong number or type of values.
+
+    The function's attribute `traits` is the reward's; `higher_is_better = False` turns the sign.
+    """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
         self.function = function
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
+        self.traits = traits_of(function)
+        self.sign = 1.0 if getattr(function, "higher_is_better", True) else -1.0
         parameters = inspect.signature(function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.parameters = set(parameters)
@@ -49,7 +120,7 @@ class FunctionReward:
         assert samples.images is not None, "rewards score decoded samples"
         images = to_pil(samples.images) if getattr(self.function, "pil", False) else samples.images
         columns = {name: values for name, values in samples.columns.items() if self.takes_all or name in self.parameters}
-        return as_scores(self.function(images, samples.texts, **columns), len(samples), self.name)
+        return self.sign * as_scores(self.function(images, samples.texts, **columns), len(samples), self.name)
 
 
 def as_scores(values: Any, count: int, name: str) -> Tensor:
@@ -85,6 +156,9 @@ def to_pil(images: Tensor) -> list[Any]:
     return [one(image) for image in images]
 
 
+# ------------------------------------------------------------------------------------------------ by name
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean ...?' for an unknown name, or the list of known ones."""
     known = list(known)
@@ -93,38 +167,138 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def load_reward(spec: Any, **options: Any) -> Reward:
-    """A reward from its name, the dotted path of a function (`my_package.my_module.my_function`), a function, or a Reward.
+    """A reward from what users write.
 
-    options go to the named reward's constructor. Raises ValueError for unknown names (with the nearest known ones), for paths
-    that cannot be imported and for options that the reward does not have.
+    spec: a name of REWARDS; a text "name key=value key=value"; a mapping {"name": ..., option: ...}; a folder that
+    `flowrl train-reward` wrote; the dotted path of a function or class (`my_package.my_module.my_function`); a function; a
+    Reward. options, and those of the spec, go to its constructor; the option `shape` shapes its values (`shaping.Shaped`).
+    Raises ValueError for unknown names (with the nearest known ones), for paths that cannot be imported and for options that
+    the reward does not have.
     """
+    from flowrl.reward_models import EMBEDDED, REWARDS
+
+    if isinstance(spec, str) and not Path(spec).is_dir():
+        spec, options = _words(spec, options)
+    elif isinstance(spec, Mapping):
+        options = {**spec, **options}
+        spec = options.pop("name", None)
+        if spec is None:
+            raise ValueError(f"a reward with options needs its name, as in {{name: judge, url: ...}}; got {options}")
+        return load_reward(spec, **options)
+    if (shape := options.pop("shape", None)) is not None:
+        from flowrl.reward_models.shaping import Shaped
+
+        return Shaped(load_reward(spec, **options), shape)
+    if not isinstance(spec, str | Path):
+        if options:
+            raise ValueError(f"reward {spec!r} is loaded already and takes no options, but got {', '.join(options)}")
+        return spec if hasattr(spec, "name") else FunctionReward(spec)
+    if spec in EMBEDDED or (Path(spec) / REWARD_FILE).is_file():
+        return _from_folder(embedded_folder(str(spec)) if spec in EMBEDDED else Path(spec), options)
+    spec = str(spec)
+    if spec in REWARDS:
+        return _construct(_import(REWARDS[spec][0], spec), spec, {**REWARDS[spec][1], **options})
+    if "/" in spec or Path(spec).is_dir():
+        raise ValueError(f"reward {spec!r}: there is no {REWARD_FILE} in this folder; `flowrl train-reward` writes one")
+    module_name, _, attribute = spec.replace(":", ".").rpartition(".")
+    if not module_name:
+        raise ValueError(f"unknown reward {spec!r}{nearest(spec, [*REWARDS, *EMBEDDED])} (or give the dotted path of a function)")
+    return _construct(_import(f"{module_name}:{attribute}", spec), spec, options)
+
+
+def load_rewards(section: Mapping[str, Any] | Sequence[Any]) -> dict[str, tuple[Reward, float]]:
+    """Rewards with their weights from {label: weight} or {label: {weight: ..., name: ..., option: ...}}, or a list of specs.
+
+    The label is the reward's name unless `name` says otherwise: one reward may so serve twice, with other options.
+    Raises ValueError, in which the label comes first.
+    """
+    if not isinstance(section, Mapping):
+        loaded = [load_reward(spec) for spec in section]
+        return {_free(reward.name, i, loaded): (reward, 1.0) for i, reward in enumerate(loaded)}
+    rewards = {}
+    for label, value in section.items():
+        try:
+            if isinstance(value, Mapping):
+                options = dict(value)
+                weight = options.pop("weight", 1.0)
+                reward = load_reward(options.pop("name", label), **options)
+            elif callable(value):
+                reward, weight = load_reward(value), 1.0
+            else:
+                reward, weight = load_reward(label), value
+            number = float(weight)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{label}: {error}") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{label}: the weight {weight} is not a finite number")
+        rewards[label] = (reward, number)
+    return rewards
+
+
+def _free(name: str, index: int, all_of: list[Reward]) -> str:
+    return name if sum(reward.name == name for reward in all_of) == 1 else f"{name}_{index}"
+
+
+def embedded_folder(name: str) -> Path:
+    """Where a reward model that ships lies."""
+    from importlib.resources import files
+
+    return Path(str(files("flowrl.assets"))) / "rewards" / name
+
+
+def _words(text: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """'name key=value' -> the name, and the options with those of the text."""
+    name, *words = shlex.split(text) or [text]
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"reward {text!r}: {word!r} is not key=value")
+        options = {key: yaml.safe_load(value), **options}
+    return name, options
+
+
+def _from_folder(folder: Path, options: dict[str, Any]) -> Reward:
     from flowrl.reward_models import REWARDS
 
-    if not isinstance(spec, str):
-        return spec if hasattr(spec, "name") else FunctionReward(spec)
-    if spec in REWARDS:
+    try:
+        facts = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
+        kind, own = facts["reward"], dict(facts.get("options", {}))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"reward {folder}: its {REWARD_FILE} cannot be read") from None
+    if kind not in REWARDS:
+        raise ValueError(f"reward {folder}: {REWARD_FILE} names the unknown reward {kind!r}{nearest(str(kind), REWARDS)}")
+    path, defaults = REWARDS[kind]
+    reward = _construct(_import(path, kind), kind, {**defaults, **own, "folder": folder, **options})
+    reward.name = folder.name
+    return reward
+
+
+def _construct(made: Any, spec: str, options: dict[str, Any]) -> Any:
+    """A reward from a class and its options, or from a function, which has none."""
+    if inspect.isclass(made):
         try:
-            return REWARDS[spec](**options)
+            inspect.signature(made).bind(**options)
         except TypeError as error:
             raise ValueError(f"reward {spec!r}: {error}") from None
-    module_name, _, function_name = spec.replace(":", ".").rpartition(".")
-    if not module_name:
-        raise ValueError(f"unknown reward {spec!r}{nearest(spec, REWARDS)} (or give the dotted path of a function)")
+        made = made(**options)
+    elif options:
+        raise ValueError(f"reward {spec!r} is a function and has no options, but got {', '.join(options)}")
+    return made if hasattr(made, "name") else FunctionReward(made, spec.replace(":", ".").rpartition(".")[2])
+
+
+def _import(path: str, spec: str) -> Any:
+    module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a module of the user's does on import
         raise ValueError(f"reward {spec!r}: cannot import {module_name} ({type(error).__name__}: {error})") from None
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"reward {spec!r}: {module_name} has no function or class {function_name}")
-    if inspect.isclass(function):
-        try:
-            function = function(**options)
-        except TypeError as error:
-            raise ValueError(f"reward {spec!r}: {error}") from None
-    elif options:
-        raise ValueError(f"reward {spec!r} is a function and has no options, but got {', '.join(options)}")
-    return function if hasattr(function, "name") else FunctionReward(function, function_name)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ValueError(f"reward {spec!r}: {module_name} has no function or class {attribute}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ scoring
 
 
 @contextmanager
@@ -138,14 +312,29 @@ def failing_as(name: str, *passing: type[Exception]) -> Iterator[None]:
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} (FLOWRL_TRACEBACK=1 shows where)") from error
 
 
-def score(rewards: dict[str, Reward], samples: Samples) -> Tensor:
-    """Every reward of every sample, (N, K) fp32 on the CPU, columns in the order of `rewards`.
+def check_needs(reward: Any, samples: Samples, name: str) -> None:
+    """Raise RewardError, with the fix, when the samples lack what the reward asks for."""
+    images = samples.images
+    missing = {
+        "images": images is None and "this reward scores decoded pictures",
+        "clips": (images is None or images.ndim != 5) and "this reward scores clips (N, F, 3, H, W), and these are pictures",
+        "fps": samples.fps is None and "it wants the frame rate of the clips: set fps",
+        "references": samples.references is None and "it compares with other pictures: say which with `references` in the recipe",
+        "latents": samples.latents is None and "it scores latents",
+    }
+    for need in traits_of(reward).needs:
+        if missing[need]:
+            raise RewardError(f"reward {name!r} needs {need}: {missing[need]}")
 
-    Raises RewardError, with the reward's name, for whatever a scorer raises.
-    """
-    columns = []
-    for name, reward in rewards.items():
-        with torch.no_grad(), failing_as(name):
-            values = reward(samples)
-        columns.append(as_scores(values, len(samples), name))
+
+def score_one(name: str, reward: Reward, samples: Samples) -> Tensor:
+    """One reward of every sample, (N,) fp32 on the CPU. Raises RewardError, with its name, for whatever it raises."""
+    with torch.no_grad(), failing_as(name):
+        check_needs(reward, samples, name)
+        return as_scores(reward(samples), len(samples), name)
+
+
+def score(rewards: dict[str, Reward], samples: Samples) -> Tensor:
+    """Every reward of every sample, (N, K) fp32 on the CPU, columns in the order of `rewards`. NaN where one abstains."""
+    columns = [score_one(name, reward, samples) for name, reward in rewards.items()]
     return torch.stack(columns, dim=1) if columns else torch.zeros(len(samples), 0)
