@@ -160,7 +160,7 @@ def test_the_plan_proposes_values_that_divide():
 def test_learning_rate_schedule():
     """Warm-up over 4 updates; with 100 steps and lr_decay_from 0.6, full until step 60, half at step 80, 1/40 at the last."""
     from flowrl.record import Progress
-    from flowrl.train.trainer import lr_factor
+    from flowrl.train.loop_habits import lr_factor
 
     recipe = Recipe(max_steps=100, lr_warmup_steps=4, lr_decay_from=0.6)
     factors = [lr_factor(recipe, Progress(step=step, updates=step)) for step in (0, 3, 60, 80, 99)]

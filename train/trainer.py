@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from flowrl.samplers import GLASS, SCHEDULES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.train import watch
 from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
+from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers
 from flowrl.train.objectives import OBJECTIVES
 
 
@@ -69,7 +68,7 @@ class Trainer:
             )
 
         self.folder = Path(recipe.output_dir)
-        self.accelerator = Accelerator(log_with=_trackers(recipe) or None, project_dir=self.folder / "tracker")
+        self.accelerator = Accelerator(log_with=trackers(recipe.report_to) or None, project_dir=self.folder / "tracker")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.plan = Plan(recipe, self.world, len(trained)).check()
         self.checkpoint = record.find_checkpoint(recipe)
@@ -112,7 +111,7 @@ class Trainer:
         own = record.lies_in(self.checkpoint, self.folder)
         self._saved = self.progress.step if own else None  # step of the newest checkpoint in the folder
         self.finished = False  # whether train() came to its end, and not to Ctrl-C
-        self._interrupts = 0
+        self._interrupts = Interrupts(self.is_main)
 
     # ------------------------------------------------------------------------------------------------ properties
 
@@ -155,7 +154,7 @@ class Trainer:
             disable=not self.is_main,
         )
         started, before = time.monotonic(), progress.seconds
-        with self._interruptible(), bar:
+        with self._interrupts.counted(), bar:
             while progress.step < recipe.max_steps and not self._should_stop(progress.seconds):
                 metrics = self.step()
                 progress.seconds = before + time.monotonic() - started
@@ -303,12 +302,7 @@ class Trainer:
     def apply(self) -> float:
         """Sum gradients over processes, clip, step, average. Returns the gradient's norm."""
         parameters = list(self.policy.trainable().values())
-        if self.world > 1:
-            has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-            flat = torch.cat([has, *((p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters)])
-            has, *gradients = self.accelerator.reduce(flat, "sum").split([len(parameters), *(p.numel() for p in parameters)])
-            for p, anywhere, gradient in zip(parameters, has, gradients, strict=True):
-                p.grad = gradient.view_as(p) if anywhere else None  # without a gradient AdamW leaves a weight alone
+        reduce_gradients(self.accelerator, parameters, "sum")
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
         if not norm.isfinite():
             raise watch.CheckFailed(
@@ -370,8 +364,7 @@ class Trainer:
             ("trainable weights", f"{trainable:,} ({self.recipe.train})"),
             ("output", str(self.folder)),
         ]
-        width = max(len(name) for name, _ in rows)
-        print("\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows), flush=True)
+        print_rows(rows)
         if self.checkpoint:
             print(
                 f"  resuming from {self.checkpoint}" + "".join(f"\n    changed: {change}" for change in self.changed),
@@ -382,41 +375,12 @@ class Trainer:
         """Sets `finished`, too: an interrupted run is not. All processes agree, though only one may have been interrupted."""
         limit = self.recipe.max_minutes
         late = limit is not None and seconds >= limit * 60
-        flags = torch.tensor([float(self._interrupts > 0), float(late)], device=self.accelerator.device)
-        interrupted, late = (self.accelerator.reduce(flags, "sum") if self.world > 1 else flags).tolist()
+        interrupted, late = in_any_process(self.accelerator, self._interrupts.count > 0, late)
         self.finished = not interrupted
-        return bool(interrupted or late)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C finishes the step and saves; a second one stops at once."""
-
-        def on_interrupt(signum: int, frame: Any) -> None:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
-            if self.is_main:
-                print("\nFinishing this step, then saving (Ctrl-C again stops at once, without saving).", flush=True)
-
-        try:
-            previous = signal.signal(signal.SIGINT, on_interrupt)
-        except ValueError:  # not in the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        return interrupted or late
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def lr_factor(recipe: Recipe, progress: record.Progress) -> float:
-    """The learning rate of the next update over its nominal value: warm-up by updates, decay by steps."""
-    warmup = min(1.0, (progress.updates + 1) / recipe.lr_warmup_steps) if recipe.lr_warmup_steps else 1.0
-    left = (recipe.max_steps - progress.step) / max(1.0, recipe.max_steps * (1 - recipe.lr_decay_from))
-    return warmup * min(1.0, left)
 
 
 class PolicyPredict:
@@ -531,23 +495,6 @@ def _check_call(recipe: Recipe, policy: Policy) -> None:
     for name in recipe.call_arguments():
         if name not in policy.call_names:
             raise ConfigError(unknown(f"argument (or one that training sets itself) of {policy.name}", name, policy.call_names))
-
-
-def _trackers(recipe: Recipe) -> list[str]:
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    names = [name.strip() for name in recipe.report_to.split(",") if name.strip() not in ("", "none")]
-    for name in names:
-        if name not in [kind.value for kind in LoggerType]:
-            raise ConfigError(
-                f"report_to={name!r}: choose among {', '.join(kind.value for kind in LoggerType if kind.value != 'all')}, none"
-            )
-        if name not in ("all", *map(str, get_available_trackers())):
-            raise ConfigError(
-                f"report_to={name!r} is not installed; installed are {', '.join(map(str, get_available_trackers()))}"
-            )
-    return names
 
 
 def _postfix(metrics: dict[str, float]) -> str:
