@@ -253,7 +253,10 @@ def _words(text: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"reward {text!r}: {word!r} is not key=value")
-        options = {key: yaml.safe_load(value), **options}
+        try:
+            options = {key: yaml.safe_load(value), **options}
+        except yaml.YAMLError:
+            raise ValueError(f"reward {text!r}: {word!r} is not valid YAML; quote what has spaces") from None
     return name, options
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 
 from torch import Tensor
+
+from flowrl.reward_models.base import Traits
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -22,4 +25,6 @@ def jpeg_size(images: list, prompts: list[str]) -> list[float]:
     return sizes
 
 
+brightness.traits = Traits(range=(0.0, 1.0), differentiable=True)  # type: ignore[attr-defined]
+jpeg_size.traits = Traits(range=(-math.inf, 0.0))  # type: ignore[attr-defined]
 jpeg_size.pil = True  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Samples
-from flowrl.reward_models.base import RewardError
+from flowrl.reward_models.base import RewardError, Traits
 
 
 class TinyVerifier:
@@ -20,6 +20,7 @@ class TinyVerifier:
         if mode not in ("strict", "dense"):
             raise ValueError(f"mode={mode!r}: choose strict or dense")
         self.mode, self.name = mode, f"tiny_{mode}"
+        self.traits = Traits(columns=("include",), range=(0.0, 1.0))
 
     def __call__(self, samples: Samples) -> Tensor:
         from flowrl.tiny import verify
