@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -37,6 +37,8 @@ def option(default: Any, help: str) -> Any:
 class Recipe:
     """All options of `flowrl train`. Section options (objective, transition, steps) are a name plus that class's own fields."""
 
+    sections: ClassVar = ("objective", "transition", "steps")
+
     # -- what is trained
     model: str = option("tiny-sd3", "Model to align: an embedded name, a pipeline directory, or a hub id.")
     lora: str | None = option(None, "Folder of a LoRA to go on from.")
@@ -57,7 +59,13 @@ class Recipe:
     prompts: str = option("tiny-train", "Prompt file (.txt or .jsonl) or embedded set.")
     rewards: dict[str, Any] = option(
         {"tiny_dense": 1.0},
-        "Rewards by name or dotted path, each with its weight (or a mapping with `weight` and the reward's own options).",
+        "Rewards by name, folder or dotted path, each with its weight, or with a mapping: `weight`, the reward's own options, "
+        "`shape` (cap, sigmoid, par, dither), and `name` where the key is a label of your own. `flowrl rewards` lists them.",
+    )
+    references: dict[str, Any] = option(
+        {},
+        "Pictures to compare with, for rewards that want them: {name: base} draws them by the model before training, ema by the "
+        "averaged policy, folder takes them from `path`; count, best_of and by (a reward) choose among them.",
     )
     eval_prompts: str | None = option(None, "Prompts of the evaluations during training; none by default.")
     eval_rewards: dict[str, Any] = option(
@@ -104,6 +112,11 @@ class Recipe:
     batch_size: int = option(32, "Samples per denoiser call, per process, in rollout and update.")
     scale_rewards: Literal["group", "batch", "none"] = option(
         "group", "Divide centred rewards by the deviation of the group, of the batch, or not."
+    )
+    virtual_best: bool = option(
+        False,
+        "Count an imagined sample with the best possible reward in each group's statistics (NGRPO): groups that are all "
+        "wrong then push away from what they did. For rewards with a known maximum.",
     )
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "normalize_then_sum", "Several rewards: sum and normalise, or normalise each and sum (GDPO)."
@@ -200,32 +213,37 @@ class Recipe:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def recipe_names() -> list[str]:
-    return sorted(
-        path.name.removesuffix(".yaml") for path in files("flowrl.train.recipes").iterdir() if path.name.endswith(".yaml")
-    )
+def recipe_names(package: str = "flowrl.train.recipes") -> list[str]:
+    """The recipes that ship in a package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files(package).iterdir() if path.name.endswith(".yaml"))
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """A recipe from a shipped name, a YAML file or a mapping, with `key=value` overrides. Raises ConfigError in one sentence."""
-    values = dict(source) if isinstance(source, dict) else _read_yaml(source)
+    return read_recipe(Recipe, "flowrl.train.recipes", source, overrides)
+
+
+def read_recipe(cls: type[T], package: str, source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> T:
+    """A recipe of any kind: its dataclass, and the package that those which ship lie in. The class' `sections` name options
+    that are {name: ..., option: ...}, and may be given by the name alone."""
+    values = dict(source) if isinstance(source, dict) else _read_yaml(source, package)
     for override in overrides:
-        _override(values, override)
-    return make(Recipe, values, "recipe")
+        _override(cls, values, override)
+    return make(cls, values, "recipe")
 
 
-def _read_yaml(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    if str(source) in recipe_names():
-        text = files("flowrl.train.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+def _read_yaml(source: str | Path, package: str) -> dict[str, Any]:
+    path, names = Path(source), recipe_names(package)
+    if str(source) in names:
+        text = files(package).joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     elif path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source} is not UTF-8 text (byte {error.start})") from None
     else:
-        close = difflib.get_close_matches(str(source), recipe_names(), n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]}?" if close else f"; recipes that ship: {', '.join(recipe_names())}"
+        close = difflib.get_close_matches(str(source), names, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else f"; recipes that ship: {', '.join(names)}"
         raise ConfigError(f"no recipe {source}{hint}")
     values = _parse(text, str(source))
     if not isinstance(values, dict):
@@ -242,29 +260,27 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not valid YAML") from None
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(cls: Any, values: dict[str, Any], override: str) -> None:
     """Put one `key=value` or `section.key=value` into place. Naming another class in a section drops the old one's options."""
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"{override!r}: overrides look like key=value")
     value = _parse(text, override) if text else ""
     section, _, name = key.strip().partition(".")
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    if section not in known:
+        raise ConfigError(unknown("recipe option", section, known))
     if not name:
-        known = {field.name: field for field in dataclasses.fields(Recipe)}
-        if section in ("objective", "transition", "steps") and isinstance(value, str):
+        if section in cls.sections and isinstance(value, str):
             value = {"name": value}
         if section == "rewards" and isinstance(value, str):
             value = {value: 1.0}
-        if section not in known:
-            raise ConfigError(unknown("recipe option", section, known))
         values[section] = value
         return
     current = values.get(section)
     if current is None:
-        default = next((f for f in dataclasses.fields(Recipe) if f.name == section), None)
-        if default is None:
-            raise ConfigError(unknown("recipe option", section, [f.name for f in dataclasses.fields(Recipe)]))
-        current = default.default_factory() if default.default_factory is not dataclasses.MISSING else {}
+        make_default = known[section].default_factory
+        current = make_default() if make_default is not dataclasses.MISSING else {}
         if section in ("rewards", "eval_rewards"):
             current = {}
     if not isinstance(current, dict):
