@@ -1,4 +1,4 @@
-"""The command line: `flowrl train | sample | eval | gallery | plan | recipes | doctor`.
+"""The command line: `flowrl train | sample | eval | gallery | serve | plan | recipes | doctor`.
 
 Imports stay inside the commands, so that `flowrl --help` answers at once. Bad input ends with one line on stderr and exit code 2.
 """
@@ -133,6 +133,18 @@ def build_parser() -> argparse.ArgumentParser:
     gallery.add_argument("--limit", type=positive, default=48, help="prompts, spread evenly over the file (default 48)")
     gallery.add_argument("--title", default="flowrl gallery")
     sampling_options(gallery, seeds=2, prompts="tiny-test")
+
+    serve = command("serve", run_serve, "put rewards behind HTTP, for `remote` elsewhere (docs/serving.md)")
+    serve.add_argument("rewards", nargs="+", metavar="reward", help='names, folders, dotted paths, or "name key=value"')
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)")
+    serve.add_argument("--port", type=whole, default=8000, help="default 8000; 0 takes a free one")
+    serve.add_argument("--token-env", metavar="NAME", help="environment variable with the token that every request must carry")
+    serve.add_argument("--open", dest="everybody", action="store_true", help="allow other machines without a token")
+    serve.add_argument("--max-batch", type=positive, default=64, help="samples per request and per call (default 64)")
+    serve.add_argument("--max-pixels", type=positive, default=1 << 24, help="pixels of a picture (default 16777216)")
+    serve.add_argument("--max-megabytes", type=positive, default=256, help="size of a request (default 256)")
+    serve.add_argument("--batch-window-ms", type=whole, default=5, help="wait for small requests to score together (default 5)")
+    serve.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     command("doctor", run_doctor, "versions, devices, attention backends")
     return parser
@@ -482,6 +494,27 @@ def run_gallery(arguments: argparse.Namespace) -> int:
     subtitle = f"{len(base.prompts)} {shared.prompts} prompts, {shared.seeds} seeds, {shared.num_inference_steps} ODE steps"
     page = write_gallery(arguments.out, cells, title=arguments.title, subtitle=subtitle, tables=tables)
     print(f"{page}")
+    return 0
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    from flowrl.config import ConfigError
+    from flowrl.reward_models.wire import Limits
+    from flowrl.serve import serve
+
+    if arguments.port > 65535:
+        raise ConfigError(f"--port {arguments.port}: a port is at most 65535")
+    quiet_libraries()
+    serve(
+        arguments.rewards,
+        arguments.host,
+        arguments.port,
+        token_env=arguments.token_env,
+        everybody=arguments.everybody,
+        limits=Limits(arguments.max_batch, arguments.max_pixels, arguments.max_megabytes),
+        window=arguments.batch_window_ms / 1000,
+        device=arguments.device,
+    )
     return 0
 
 

@@ -83,16 +83,36 @@ def get_json(
     return _retried(url, None, headers or {}, timeout, retries, backoff, max_bytes)
 
 
-def bearer(token_env: str | None) -> dict[str, str]:
-    """The Authorization header with the token of an environment variable; {} for None. Raises ValueError where it is not set."""
-    if token_env is None:
-        return {}
-    token = os.environ.get(token_env, "").strip()
+def check_url(url: str) -> str:
+    """The host of an address. Raises ValueError where it is none of http(s), or holds a password."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.port != 0 and "@" not in parts.netloc and not set(url) & set(" \t\r\n")
+    except (ValueError, TypeError, AttributeError):
+        good = False
+    if not good or not parts.hostname:
+        raise ValueError(f"url={url!r}: an address looks like http://host:8000 (a token goes into token_env)")
+    return parts.hostname
+
+
+def token_of(name: str) -> str:
+    """The token that an environment variable holds. Raises ValueError where it is not set."""
+    token = os.environ.get(name, "").strip()
     if not token:
-        raise ValueError(f"token_env={token_env}: this variable is not set; export {token_env}=... with the server's token")
-    if not (token.isascii() and token.isprintable()):
-        raise ValueError(f"token_env={token_env}: a token is plain printable text in one line")
-    return {"Authorization": f"Bearer {token}"}
+        raise ValueError(f"token_env={name}: this variable is not set; export {name}=... with the server's token")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError(f"token_env={name}: a token is one word of plain characters")
+    return token
+
+
+def bearer(token_env: str | None) -> dict[str, str]:
+    """The Authorization header with the token of an environment variable; {} for None."""
+    return {} if token_env is None else {"Authorization": f"Bearer {token_of(token_env)}"}
+
+
+def pause(attempt: int, backoff: float, least: float = 0.0) -> None:
+    """Wait after a failed attempt (0, 1, ...): backoff seconds, doubled each time up to 30, jittered by half."""
+    time.sleep(max(min(LONGEST_WAIT, backoff * 2**attempt) * _jitter.uniform(0.5, 1.5), least))
 
 
 def is_loopback(host: str) -> bool:
@@ -114,10 +134,7 @@ def one_line(text: str, limit: int = 300) -> str:
 def _retried(
     url: str, data: bytes | None, headers: dict[str, str], timeout: float, retries: int, backoff: float, limit: int
 ) -> Any:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise ValueError(f"url={url!r}: an address looks like http://host:8000 (a token goes into token_env)")
-    opener = _opener(parts.hostname)
+    opener = _opener(check_url(url))
     start = time.monotonic()
     for attempt in range(retries + 1):
         try:
@@ -127,9 +144,8 @@ def _retried(
                 times = f" after {attempt + 1} attempts in {time.monotonic() - start:.1f} s" if attempt else ""
                 fix = f"; {error.fix}" if error.fix else ""
                 raise HttpError(f"{url} failed{times}: {error}{fix}", error.status) from error.__cause__
-            wait = max(min(LONGEST_WAIT, backoff * 2**attempt) * _jitter.uniform(0.5, 1.5), error.wait)
-            _log.warning("flowrl: %s: %s; attempt %d of %d in %.1f s", url, error, attempt + 2, retries + 1, wait)
-            time.sleep(wait)
+            _log.warning("flowrl: %s: %s; trying again (%d of %d)", url, error, attempt + 1, retries)
+            pause(attempt, backoff, error.wait)
     raise AssertionError("the loop returns or raises")
 
 
