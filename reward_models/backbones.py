@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from flowrl.batch import Samples
+from flowrl.reward_models.weights import fill, find_file, read, unreachable
 
 Resize = Literal["crop", "pad", "squash"]
 
@@ -28,16 +31,62 @@ def resized(images: Tensor, size: tuple[int, int], resize: Resize = "crop") -> T
     height, width = images.shape[-2:]
     if resize == "squash":
         scaled = size
+    elif resize == "crop":  # the processors cut the fraction of a pixel off the long side, and half a pixel off the margin
+        tall = height * w >= width * h
+        scaled = (max(h, int(w * height / width)), w) if tall else (h, max(w, int(h * width / height)))
     else:
-        ratio = (max if resize == "crop" else min)(h / height, w / width)
-        scaled = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+        ratio = max(height / h, width / w)
+        scaled = (max(1, round(height / ratio)), max(1, round(width / ratio)))
     x = images.float()
     if scaled != (height, width):
         x = F.interpolate(x, scaled, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (scaled[0] - h) // 2, (scaled[1] - w) // 2
     if resize == "crop":
+        top, left = (scaled[0] - h) // 2, (scaled[1] - w) // 2
         return x[..., top : top + h, left : left + w]
-    return F.pad(x, (-left, w - scaled[1] + left, -top, h - scaled[0] + top))
+    left, top = (w - scaled[1]) // 2, (h - scaled[0]) // 2
+    return F.pad(x, (left, w - scaled[1] - left, top, h - scaled[0] - top))
+
+
+FRAMES = ("mean", "min", "softmin")
+Frames = Literal["mean", "min", "softmin"]
+
+
+def check_frames(frames: str) -> Frames:
+    if frames not in FRAMES:
+        raise ValueError(f"frames={frames!r}: choose {', '.join(FRAMES[:-1])} or {FRAMES[-1]}")
+    return frames  # type: ignore[return-value]
+
+
+def over_frames(values: Tensor, frames: Frames = "mean") -> Tensor:
+    """Scores of a clip's frames (N, F, ...) as the clip's (N, ...).
+
+    min: the worst frame, which a mean of 80 hides. softmin: a mean in which a frame one standard deviation (of its clip's frames)
+    below another counts e times as much; the same for a reward in other units.
+    """
+    if frames == "mean":
+        return values.mean(1)
+    if frames == "min":
+        return values.amin(1)
+    spread = values.detach().std(1, unbiased=False, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    return ((-(values.detach() - values.detach().amin(1, keepdim=True)) / spread).softmax(1) * values).sum(1)
+
+
+def score_pictures(
+    score: Callable[[Tensor, list[str]], Tensor], samples: Samples, frames: Frames = "mean", chunk: int = 64
+) -> Tensor:
+    """A score of pictures and their prompts, (M, 3, H, W) -> (M, ...), for samples that are pictures or clips: (N, ...) fp32.
+
+    chunk: pictures per call, so that long clips fit.
+    """
+    images = samples.images
+    assert images is not None, "this reward scores decoded samples"
+    prompts = samples.texts
+    if images.ndim == 5:
+        prompts = [prompt for prompt in prompts for _ in range(images.shape[1])]
+    flat = images if images.ndim == 4 else images.flatten(0, 1)
+    parts = [score(flat[i : i + chunk], prompts[i : i + chunk]) for i in range(0, len(flat), chunk)]
+    values = torch.cat(parts).float() if parts else torch.zeros(0)
+    return values if images.ndim == 4 else over_frames(values.unflatten(0, images.shape[:2]), frames)
 
 
 def per_frame(function: Any, images: Tensor) -> Tensor:
@@ -47,38 +96,79 @@ def per_frame(function: Any, images: Tensor) -> Tensor:
     return function(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
-class ClipBackbone(nn.Module):
-    """A dual encoder of transformers (CLIP, SigLIP, ...), its tokenizer, and its preprocessing as tensor arithmetic.
+class DualEncoder(nn.Module):
+    """What takes pictures and prompts into one space. size: (h, w) of the vision tower. mean, std: of the pixels, per channel.
 
-    size: (h, w) that the vision tower takes. mean, std: of the pixels, per channel.
+    context: how many tokens the text tower reads.
     """
+
+    def __init__(self, size: int | Sequence[int], mean: Sequence[float], std: Sequence[float], resize: Resize, context: int):
+        super().__init__()
+        if resize not in ("crop", "pad", "squash"):
+            raise ValueError(f"resize={resize!r}: choose crop, pad or squash")
+        self.size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.resize, self.context = resize, context
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] -> what the vision tower takes, with graph. The networks follow the pictures to their device."""
+        if self.mean.device != images.device:
+            self.to(images.device)
+        return (resized(images, self.size, self.resize) - self.mean) / self.std
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] -> (N, D) projected, not normalised, with graph."""
+        raise NotImplementedError
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """(N, D) projected, not normalised. Each distinct prompt is encoded once."""
+        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        return self._texts(list(unique))[torch.tensor([unique[prompt] for prompt in prompts], device=self.mean.device)]
+
+    def _texts(self, prompts: list[str]) -> Tensor:
+        raise NotImplementedError
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, start and end among them, if none were cut at `context`."""
+        raise NotImplementedError
+
+
+class ClipBackbone(DualEncoder):
+    """A dual encoder of transformers (CLIP, SigLIP, ...), its tokenizer, and its preprocessing as tensor arithmetic."""
 
     def __init__(
         self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float], resize: Resize = "crop", place: str = ""
     ):
-        super().__init__()
-        self.model, self.tokenizer, self.resize, self.place = model.eval(), tokenizer, resize, place
-        size = model.config.vision_config.image_size
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.patch = int(model.config.vision_config.patch_size)
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        config = model.config
+        super().__init__(config.vision_config.image_size, mean, std, resize, int(config.text_config.max_position_embeddings))
+        self.model, self.tokenizer, self.place = model.eval(), tokenizer, place
+        self.patch = int(config.vision_config.patch_size)
 
     @classmethod
-    def load(cls, place: str | Path, resize: Resize = "crop", processor: str | Path | None = None) -> ClipBackbone:
-        """From a folder or a hub id. processor: where the tokenizer and the pixel statistics are, if elsewhere.
+    def load(cls, place: str | Path, resize: Resize | None = None, processor: str | Path | None = None) -> ClipBackbone:
+        """From a folder or a hub id, frozen. processor: where the tokenizer and the pixel statistics are, if elsewhere.
 
-        Raises ValueError, in one sentence, when there is no such model here and none can be fetched.
+        resize: None does as the model's own processor: CLIP crops, SigLIP squashes. Raises ValueError, in one sentence, when
+        there is no such model here and none can be fetched, and when its weights are incomplete.
         """
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+        beside = processor or place
         try:
-            model = AutoModel.from_pretrained(str(place), dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(str(processor or place))
-            pixels = AutoImageProcessor.from_pretrained(str(processor or place))
-        except OSError as error:
-            raise ValueError(f"no encoder at {place}: {' '.join(str(error).split())[:200]}") from None
-        return cls(model, tokenizer, pixels.image_mean, pixels.image_std, resize, str(place)).requires_grad_(False)
+            model, info = AutoModel.from_pretrained(str(place), dtype=torch.float32, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            raise unreachable(place, error) from None
+        if not hasattr(model, "get_image_features"):
+            raise ValueError(f"{place} is no dual encoder of pictures and texts but a {type(model).__name__}")
+        if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"{place} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])} ...")
+        try:
+            tokenizer, pixels = AutoTokenizer.from_pretrained(str(beside)), AutoImageProcessor.from_pretrained(str(beside))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer or image processor: {unreachable(beside, error)}") from None
+        own: Resize = "crop" if getattr(pixels, "do_center_crop", False) else "squash"
+        return cls(model, tokenizer, pixels.image_mean, pixels.image_std, resize or own, str(place)).requires_grad_(False)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Model, tokenizer and pixel statistics as `load` and transformers read them."""
@@ -88,18 +178,13 @@ class ClipBackbone(nn.Module):
         self.model.to(dtype).save_pretrained(folder)
         self.model.float().load_state_dict(kept)
         self.tokenizer.save_pretrained(folder)
-        edges = {"shortest_edge": self.size[0]}
-        crop = {"height": self.size[0], "width": self.size[1]}
+        box = {"height": self.size[0], "width": self.size[1]}
+        crops = {"do_center_crop": self.resize == "crop", "crop_size": box}
+        edges = {"shortest_edge": min(self.size)} if self.resize == "crop" else box
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        CLIPImageProcessor(size=edges, crop_size=crop, image_mean=mean, image_std=std).save_pretrained(folder)
+        CLIPImageProcessor(size=edges, **crops, image_mean=mean, image_std=std).save_pretrained(folder)
 
     # -- pictures
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] -> what the vision tower takes, with graph. The networks follow the pictures to their device."""
-        if self.mean.device != images.device:
-            self.to(images.device)
-        return (resized(images, self.size, self.resize) - self.mean) / self.std
 
     def pictures(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, D) projected, not normalised, with graph."""
@@ -124,15 +209,14 @@ class ClipBackbone(nn.Module):
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Padded and cut to what the text tower reads."""
-        limit = int(self.model.config.text_config.max_position_embeddings)
-        batch = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
+        batch = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.context, return_tensors="pt")
         return {name: batch[name].to(self.mean.device) for name in ("input_ids", "attention_mask") if name in batch}
 
-    def texts(self, prompts: Sequence[str]) -> Tensor:
-        """(N, D) projected, not normalised. Each distinct prompt is encoded once."""
-        unique = list(dict.fromkeys(prompts))
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=self.mean.device)
-        return as_tensor(self.model.get_text_features(**self.tokens(unique)))[rows]
+    def _texts(self, prompts: list[str]) -> Tensor:
+        return as_tensor(self.model.get_text_features(**self.tokens(prompts)))
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
 
     def words(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Hidden states of the text's tokens (N, L, W'), and which of them are words: neither padding, start nor end."""
@@ -157,6 +241,38 @@ class ClipBackbone(nn.Module):
     def logit_scale(self) -> Tensor:
         """Factor of the cosine, not its logarithm."""
         return self.model.logit_scale.exp()
+
+
+class OpenClipBackbone(DualEncoder):
+    """A dual encoder of open_clip, by the name of its architecture and a checkpoint file; nothing is downloaded but that file."""
+
+    def __init__(self, model: Any, tokenizer: Any, resize: Resize = "crop"):
+        super().__init__(
+            model.visual.image_size, model.visual.image_mean, model.visual.image_std, resize, tokenizer.context_length
+        )
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def load(cls, architecture: str, place: str | Path, filename: str, resize: Resize = "crop") -> OpenClipBackbone:
+        """Frozen, from a checkpoint whose weights may stand under `state_dict`. place, filename: see `find_file`."""
+        import open_clip
+
+        if architecture not in open_clip.list_models():
+            raise ValueError(f"open_clip has no architecture {architecture!r}")
+        path = find_file(place, filename)
+        state = read(path)
+        model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
+        fill(model, state.get("state_dict", state), path)
+        return cls(model, open_clip.get_tokenizer(architecture), resize).requires_grad_(False)
+
+    def pictures(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(self.pixels(images))
+
+    def _texts(self, prompts: list[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(prompts).to(self.mean.device))
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def test_saved_and_loaded(tmp_path):
     again = ClipBackbone.load(tmp_path)
     torch.testing.assert_close(again.pictures(images), before)
     torch.testing.assert_close(again.texts(["a red ring"]), clip.texts(["a red ring"]))
-    with pytest.raises(ValueError, match="no encoder at"):
+    with pytest.raises(ValueError, match="no weights at"):
         ClipBackbone.load(tmp_path / "elsewhere")
 
 
