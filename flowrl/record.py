@@ -19,12 +19,12 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from torch import Tensor
 from flowrl.batch import Samples
 from flowrl.config import ConfigError, Recipe
 from flowrl.policy import LORA_FILE, Policy
+from flowrl.reward_models.base import LearningReward
 
 STATE = "training_state"
 UNFINISHED = ".writing-"
@@ -73,7 +74,16 @@ def lies_in(checkpoint: Path | None, folder: Path) -> bool:
     return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
-def write_facts(folder: Path, recipe: Recipe) -> None:
+class RunRecipe(Protocol):
+    """What a recipe of any kind says about its run."""
+
+    output_dir: str
+    resume_from_checkpoint: str | None
+
+    def to_yaml(self) -> str: ...
+
+
+def write_facts(folder: Path, recipe: RunRecipe) -> None:
     """What is trained, and on what."""
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
@@ -245,9 +255,18 @@ def save_result(policy: Policy, folder: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, progress: Progress, limit: int
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    progress: Progress,
+    limit: int,
+    learning: Mapping[str, LearningReward] | None = None,
 ) -> Path:
-    """Everything a run needs to go on bit for bit, under `checkpoint-STEP`; then the oldest beyond `limit` go."""
+    """Everything a run needs to go on bit for bit, under `checkpoint-STEP`; then the oldest beyond `limit` go.
+
+    learning: the rewards that learn during the run, by name.
+    """
     place = folder / f"checkpoint-{progress.step}"
     with written_whole(place) as temporary:
         state = temporary / STATE
@@ -258,6 +277,8 @@ def save_checkpoint(
         with (state / "optimizer.pt").open("wb") as file:
             torch.save(optimizer.state_dict(), file)
         torch.save({"torch": torch.get_rng_state()}, state / "rng.pt")
+        if learning:
+            torch.save({name: reward.state_dict() for name, reward in learning.items()}, state / "rewards.pt")
         python = random.getstate()
         numpy_state: Any = np.random.get_state()
         facts = {
@@ -268,9 +289,14 @@ def save_checkpoint(
         }
         (state / "state.json").write_text(json.dumps(facts))
         save_weights(policy, temporary, "ema" if "ema" in policy.snapshots else "policy")
+    prune(folder, limit)
+    return place
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Remove the oldest checkpoints beyond `limit`; 0 keeps all."""
     for old in checkpoints(folder)[:-limit] if limit else []:
         remove(old)
-    return place
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -283,7 +309,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def find_checkpoint(recipe: Recipe) -> Path | None:
+def find_checkpoint(recipe: RunRecipe) -> Path | None:
     """The folder that `resume_from_checkpoint` means. Raises ConfigError when there is none."""
     wanted = recipe.resume_from_checkpoint
     if wanted is None:
@@ -298,11 +324,11 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
     return Path(wanted)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Progress, recipe and random states of a checkpoint. Raises ConfigError when they cannot be read."""
+def read_state(checkpoint: Path, *more: str) -> dict[str, Any]:
+    """Progress, recipe and `more` of a checkpoint's state. Raises ConfigError when they cannot be read."""
     try:
         facts = json.loads((checkpoint / STATE / "state.json").read_text())
-        return {name: facts[name] for name in ("progress", "recipe", "python_rng", "numpy_rng")}
+        return {name: facts[name] for name in ("progress", "recipe", *more)}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{checkpoint} is not a whole checkpoint of flowrl: {STATE}/state.json cannot be read") from None
 
@@ -311,11 +337,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 FIXED = ("model", "lora", "train", "lora_rank", "lora_alpha", "lora_targets", "objective", "seed")
 
 
-def check_resumable(checkpoint: Path, recipe: Recipe) -> list[str]:
+def check_resumable(checkpoint: Path, recipe: RunRecipe, fixed: Sequence[str] = FIXED) -> list[str]:
     """Compare the checkpoint's recipe with the run's. Raises ConfigError when they cannot go together; returns what changed."""
     saved = read_state(checkpoint)["recipe"]
     ours = json.loads(json.dumps(vars(recipe)))
-    for name in FIXED:
+    for name in fixed:
         if saved.get(name) != ours[name]:
             raise ConfigError(
                 f"{checkpoint} was trained with {name}={saved.get(name)!r}, this recipe says {ours[name]!r}: start a new run"
@@ -326,28 +352,53 @@ def check_resumable(checkpoint: Path, recipe: Recipe) -> list[str]:
     ]
 
 
-def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put weights, snapshots, optimiser and random states back.
-
-    Raises ConfigError when the weights are of another model or a file is damaged.
-    """
-    state, facts = checkpoint / STATE, read_state(checkpoint)
+@contextmanager
+def reading(checkpoint: Path):
+    """A file that cannot be read becomes a ConfigError that names the checkpoint."""
     try:
-        weights = load_file(state / "policy.safetensors")
-        snapshots = {file.stem.removeprefix("snapshot-"): load_file(file) for file in state.glob("snapshot-*.safetensors")}
-        optimizer_state = torch.load(state / "optimizer.pt", weights_only=True, map_location=policy.device)
-        random_state = torch.load(state / "rng.pt", weights_only=True)["torch"]
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        yield
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{checkpoint} is damaged: {error}") from None
-    trainable = policy.trainable()
-    differing = sorted(set(weights) ^ set(trainable)) or [key for key, p in trainable.items() if p.shape != weights[key].shape]
+
+
+def put_weights(checkpoint: Path, weights: dict[str, Tensor], places: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into those of a model. Raises ConfigError when names or shapes differ."""
+    differing = sorted(set(weights) ^ set(places)) or [key for key, place in places.items() if place.shape != weights[key].shape]
     if differing:
         raise ConfigError(
             f"{checkpoint} is of another model: {len(differing)} weights differ in name or shape, first {differing[0]}"
         )
     with torch.no_grad():
-        for key, parameter in trainable.items():
-            parameter.copy_(weights[key])
+        for key, place in places.items():
+            place.copy_(weights[key])
+
+
+def load_reward_states(checkpoint: Path, learning: Mapping[str, LearningReward]) -> None:
+    """Put back what rewards had learnt. Raises ConfigError when the checkpoint holds other learning rewards."""
+    file = checkpoint / STATE / "rewards.pt"
+    with reading(checkpoint):
+        states = torch.load(file, weights_only=True) if file.is_file() else {}
+    if set(states) != set(learning):
+        raise ConfigError(
+            f"{checkpoint} holds the state of rewards that learn: {sorted(states) or 'none'}, this recipe has "
+            f"{sorted(learning) or 'none'}: start a new run"
+        )
+    for name, reward in learning.items():
+        reward.load_state_dict(states[name])
+
+
+def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put weights, snapshots, optimiser and random states back.
+
+    Raises ConfigError when the weights are of another model or a file is damaged.
+    """
+    state, facts = checkpoint / STATE, read_state(checkpoint, "python_rng", "numpy_rng")
+    with reading(checkpoint):
+        weights = load_file(state / "policy.safetensors")
+        snapshots = {file.stem.removeprefix("snapshot-"): load_file(file) for file in state.glob("snapshot-*.safetensors")}
+        optimizer_state = torch.load(state / "optimizer.pt", weights_only=True, map_location=policy.device)
+        random_state = torch.load(state / "rng.pt", weights_only=True)["torch"]
+    put_weights(checkpoint, weights, policy.trainable())
     for name, tensors in snapshots.items():  # copied: where a file's tensors lie in memory decides a matmul's last bits
         policy.snapshots[name] = {key: tensor.to(policy.device, copy=True) for key, tensor in tensors.items()}
     optimizer.load_state_dict(optimizer_state)
@@ -366,9 +417,11 @@ def trained_parts(source: str | Path) -> tuple[str, Path | None]:
     """
     path = Path(source)
     if (path / STATE / "state.json").is_file():
-        base = read_state(path)["recipe"]["model"]
+        recipe = read_state(path)["recipe"]
     elif (path / "recipe.yaml").is_file():
-        base = yaml.safe_load((path / "recipe.yaml").read_text())["model"]
+        recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+        if "model" not in recipe:
+            raise ConfigError(f"{path} is a run of train-reward: a reward, rewards.{path}=1, not a model")
         if not (path / LORA_FILE).is_file() and not (path / "model").is_dir():
             found = checkpoints(path)
             if not found:
@@ -376,6 +429,7 @@ def trained_parts(source: str | Path) -> tuple[str, Path | None]:
             path = found[-1]
     else:
         return str(source), None
+    base = recipe.get("model", "")
     return (base, path) if (path / LORA_FILE).is_file() else (str(path / "model"), None)
 
 

@@ -1,0 +1,18 @@
+"""How a reward model is made: `flowrl train-reward RECIPE`. One loop (`loop.py`), one file per task.
+
+A task is a dataclass of options with prepare, batch, loss, evaluate and save: `flowrl.train.rewards.loop.Task` says what they do.
+"""
+
+from __future__ import annotations
+
+_HERE = "flowrl.train.rewards"
+
+#: Tasks by the name that a recipe uses; imported when they are asked for.
+TASKS: dict[str, str] = {
+    "clip": f"{_HERE}.contrastive:Contrastive",
+    "preference": f"{_HERE}.preference:Preference",
+    "artifact": f"{_HERE}.artifact:Artifact",
+    "generative": f"{_HERE}.generative:Generative",
+    "latent": f"{_HERE}.latent:Latent",
+    "transport": f"{_HERE}.transport:Transport",
+}

@@ -1,0 +1,200 @@
+"""Trains the artifact detector: binary, per-kind and per-patch cross-entropy of a light head on frozen features (2601.03468).
+
+The curated set is small and has hard negatives. Damaged scenes (`flowrl.tiny.corrupt`) against clean ones, half of both seen through
+the policy's own decoder; and samples of the policy, of few steps too, which the exact reader calls clean (they do what the prompt
+says) or damaged (they hold a component that is no shape). What it calls neither is left out, as annotators leave out doubtful ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowrl.policy import Policy
+from flowrl.reward_models.artifact import TINY_KINDS, ArtifactHead, encoder, features
+from flowrl.reward_models.base import embedded_folder
+from flowrl.tiny import detect_batch, random_spec, render, sample_scene, verify
+from flowrl.tiny.corrupt import KINDS, LABELS, corrupt
+
+
+@dataclass
+class Curated:
+    """Labelled pictures. images: (N, 3, H, W); damaged: (N,) 0 or 1; kinds: (N, K) 0, 1 or NaN where nobody said; mask: (N, H, W);
+    source: per picture, the kind of damage, "clean", "sample" or "bad sample"."""
+
+    images: Tensor
+    damaged: Tensor
+    kinds: Tensor
+    mask: Tensor
+    source: list[str]
+
+    def __add__(self, other: Curated) -> Curated:
+        both = (torch.cat([getattr(part, name) for part in (self, other)]) for name in ("images", "damaged", "kinds", "mask"))
+        return Curated(*both, self.source + other.source)
+
+
+def scenes(count: int, names: tuple[str, ...], vae: Any, split: str, rng: np.random.Generator) -> Curated:
+    """As many damaged scenes, in turn of these kinds, as clean ones; every second of both through the VAE, which softens all."""
+    rows = []
+    for i in range(count):
+        scene = sample_scene(random_spec(rng, split), rng)
+        name = names[i // 2 % len(names)] if i % 2 else "clean"
+        blank = np.zeros((64, 64), bool)
+        image, mask = (render(scene, rng), blank) if name == "clean" else corrupt(scene, name, rng.uniform(0.2, 1), rng)
+        kind = torch.tensor([float(name != "clean" and LABELS[name][0] == k) for k in TINY_KINDS])
+        rows.append((torch.from_numpy(image), torch.tensor(float(name != "clean")), kind, torch.from_numpy(mask), name))
+    images, damaged, kinds, mask, source = zip(*rows, strict=True)
+    # Fine texture does not survive the decoder: such a picture would be labelled damaged and show nothing.
+    soft = [i for i in range(count) if i % 4 in (2, 3) and source[i] != "texture"]
+    pictures = torch.stack(images)
+    pictures[soft] = decoded(vae, pictures[soft])
+    return Curated(pictures, torch.stack(damaged), torch.stack(kinds), torch.stack(mask), list(source))
+
+
+@torch.no_grad()
+def decoded(vae: Any, images: Tensor) -> Tensor:
+    """Pictures as the policy's decoder would have drawn them."""
+    parts = [vae.decode(vae.encode((2 * part - 1).to(vae.device)).latent_dist.mode()).sample for part in images.split(64)]
+    return (torch.cat(parts).float().cpu() / 2 + 0.5).clamp(0, 1) if len(parts) else images
+
+
+def samples(policy: Policy, count: int, steps: int, split: str, rng: np.random.Generator, keep_all: bool = False) -> Curated:
+    """Samples of the policy with the exact reader's verdict. keep_all: those too that are sound but not what was asked for."""
+    specs = [random_spec(rng, split) for _ in range(count)]
+    seeds = [int(seed) for seed in rng.integers(1 << 31, size=count)]
+    parts = []
+    for i in range(0, count, 64):
+        drawn = policy.rollout([spec["prompt"] for spec in specs[i : i + 64]], seeds[i : i + 64], num_inference_steps=steps)
+        parts.append(policy.decode(drawn, num_inference_steps=steps).cpu())
+    images = torch.cat(parts)
+    strict, _ = verify(images, specs)
+    mask = torch.zeros(count, *images.shape[-2:], dtype=torch.bool)
+    for i, found in enumerate(detect_batch(images)):
+        for box in (d.box for d in found if d.shape == "unknown"):
+            mask[i, box[1] : box[3], box[0] : box[2]] = True
+    bad = mask.flatten(1).any(1)
+    kinds = torch.where(bad[:, None], torch.nan, 0.0).expand(-1, len(TINY_KINDS)).clone()
+    source = ["bad sample" if b else "sample" for b in bad.tolist()]
+    all_of = Curated(images, bad.float(), kinds, mask, source)
+    kept = torch.arange(count) if keep_all else (bad | (strict == 1)).nonzero()[:, 0]
+    return Curated(*(getattr(all_of, name)[kept] for name in ("images", "damaged", "kinds", "mask")), [source[i] for i in kept])
+
+
+def auc(scores: Tensor, positive: Tensor) -> float:
+    """Chance that a positive scores above a negative, ties counting half; NaN without either."""
+    above, below = scores[positive.bool()], scores[~positive.bool()]
+    difference = above[:, None] - below[None]
+    return float(((difference > 0).float() + 0.5 * (difference == 0)).mean())
+
+
+@dataclass
+class Artifact:
+    """Options of the task `artifact`."""
+
+    backbone: str = "tiny_clip"  #: Frozen encoder: an embedded one, a folder or a hub id.
+    layers: list[int] = field(
+        default_factory=lambda: [0, 1, -1]
+    )  #: Whose patch features the head reads; 0 is the embedded patches.
+    hidden: int = 96  #: Width of the head.
+    model: str = "tiny-sd3"  #: Policy whose decoder and samples the set holds.
+    scenes: int = 2400  #: Drawn scenes, half of them damaged.
+    generated: int = 800  #: Samples of the policy before the doubtful ones are left out: half of 10 steps, half of 4.
+    held_out_kind: str = "tear"  #: A kind of damage that is never trained on, to be found all the same.
+    held_out: int = 480  #: Drawn scenes of the test prompts to measure on, and half as many samples.
+    map_weight: float = 1.0  #: Weight of the per-patch loss.
+    kinds_weight: float = 0.3  #: Weight of the loss of the kinds.
+
+    def prepare(self, recipe: Any, device: torch.device) -> nn.Module:
+        """Makes the set and its features, once, and the head."""
+        if self.held_out_kind not in KINDS:
+            raise ValueError(f"held_out_kind={self.held_out_kind!r}: choose one of {', '.join(KINDS)}")
+        self.seed, self.batch_size, self.device = recipe.seed, recipe.batch_size, device
+        self.encoder = encoder(self.backbone).to(device)
+        policy = Policy.load(self.model, device=device)
+        trained = tuple(kind for kind in KINDS if kind != self.held_out_kind)
+        rng, rng_test = np.random.default_rng([self.seed, 0]), np.random.default_rng([self.seed, 1])
+        self.train = scenes(self.scenes, trained, policy.pipe.vae, "train", rng)
+        for steps in (10, 4):
+            if self.generated:
+                self.train += samples(policy, self.generated // 2, steps, "train", rng)
+        self.tests = {
+            "scenes": scenes(self.held_out, KINDS, policy.pipe.vae, "test", rng_test),
+            "samples": samples(policy, self.held_out // 2, 20, "test", rng_test, keep_all=True),
+        }
+        self.states = self._states(self.train)
+        self.test_states = {name: self._states(part) for name, part in self.tests.items()}
+        self.cells = F.adaptive_avg_pool2d(self.train.mask[:, None].float(), self.encoder.grid)[:, 0].gt(0.05).float()
+        torch.manual_seed(self.seed)
+        self.head = ArtifactHead(self.states.shape[-1], len(self.layers), self.encoder.grid, TINY_KINDS, self.hidden)
+        return self.head.to(device)
+
+    @torch.no_grad()
+    def _states(self, part: Curated) -> Tensor:
+        """(N, M, W) in half precision, on the CPU."""
+        made = [features(self.encoder, images.to(self.device), self.layers) for images in part.images.split(128)]
+        return torch.cat([states.half().cpu() for states in made])
+
+    def batch(self, step: int) -> Tensor:
+        """Rows of the set: half damaged, half clean, whatever their numbers are."""
+        rng = np.random.default_rng([self.seed, 2, step, _rank()])
+        damaged = self.train.damaged.numpy() == 1
+        half = self.batch_size // 2
+        rows = [rng.choice(np.flatnonzero(damaged), half), rng.choice(np.flatnonzero(~damaged), self.batch_size - half)]
+        return torch.from_numpy(np.concatenate(rows))
+
+    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        states, damaged = self.states[batch].to(self.device), self.train.damaged[batch].to(self.device)
+        kinds, cells = self.train.kinds[batch].to(self.device), self.cells[batch].to(self.device)
+        whole, each, where = self.head(states)
+        named = ~kinds.isnan()
+        parts = {
+            "binary": F.binary_cross_entropy_with_logits(whole, damaged),
+            "kinds": F.binary_cross_entropy_with_logits(each[named], kinds[named]),
+            "map": F.binary_cross_entropy_with_logits(where, cells, pos_weight=where.new_tensor(3.0)),
+        }
+        total = parts["binary"] + self.kinds_weight * parts["kinds"] + self.map_weight * parts["map"]
+        accuracy = ((whole > 0) == (damaged > 0.5)).float().mean()
+        return total, {**{name: value.item() for name, value in parts.items()}, "accuracy": accuracy.item()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out AUC and accuracy at 0.5, on scenes and on samples; AUC of each kind of damage against clean; AUC of the map."""
+        self.head.eval()
+        result: dict[str, float] = {}
+        for name, part in self.tests.items():
+            whole, each, where = (x.cpu() for x in self.head(self.test_states[name].to(self.device)))
+            result[f"{name}/auc"] = auc(whole, part.damaged)
+            result[f"{name}/accuracy"] = ((whole > 0) == (part.damaged > 0.5)).float().mean().item()
+            cells = F.adaptive_avg_pool2d(part.mask[:, None].float(), self.encoder.grid)[:, 0].gt(0.05)
+            hurt = part.damaged > 0.5
+            result[f"{name}/map_auc"] = auc(where[hurt].flatten(), cells[hurt].flatten())
+            if name == "scenes":
+                for i, kind in enumerate(TINY_KINDS):
+                    result[f"kinds/{kind}/auc"] = auc(each[hurt, i], part.kinds[hurt, i])
+                for kind in KINDS:
+                    rows = torch.tensor([source in (kind, "clean") for source in part.source])
+                    result[f"scenes/{kind}/auc"] = auc(whole[rows], part.damaged[rows])
+        self.head.train()
+        return result
+
+    def save(self, folder: Path) -> None:
+        """The head, and the encoder too where it is a folder of the user's."""
+        backbone = self.backbone
+        if not embedded_folder(backbone).is_dir() and Path(backbone).is_dir():
+            self.encoder.save(folder)
+            backbone = "."
+        held_out = {name: round(value, 4) for name, value in self.evaluate().items()}
+        counts = {name: self.train.source.count(name) for name in dict.fromkeys(self.train.source)}
+        self.head.save(folder, backbone, self.layers, held_out=held_out, set=counts, never_seen=self.held_out_kind)
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK", 0))
