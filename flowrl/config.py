@@ -37,7 +37,7 @@ def option(default: Any, help: str) -> Any:
 class Recipe:
     """All options of `flowrl train`. Section options (objective, transition, steps) are a name plus that class's own fields."""
 
-    sections: ClassVar = ("objective", "transition", "steps")
+    sections: ClassVar = ("objective", "transition", "steps", "references")
 
     # -- what is trained
     model: str = option("tiny-sd3", "Model to align: an embedded name, a pipeline directory, or a hub id.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl.batch import Prompt, Samples, concatenate
 from flowrl.data import sample_seed
 from flowrl.policy import Policy
-from flowrl.reward_models.base import Reward, score
+from flowrl.reward_models.base import Reward, score, traits_of
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,17 @@ def evaluate(
     batch_size: int = 64,
     keep_images: bool = False,
     progress: bool = False,
+    references: Callable[[Sequence[Prompt], Policy], Tensor] | None = None,
 ) -> Evaluation:
-    """Sample every prompt `protocol.seeds` times by the ODE and score. weights: which of the policy's weights to wear."""
+    """Sample every prompt `protocol.seeds` times by the ODE and score. weights: which of the policy's weights to wear.
+
+    Rewards that compare samples see all those of a prompt, or of the evaluation, together. references: where pictures to
+    compare with come from (`flowrl.references`).
+    """
     from tqdm.auto import tqdm
 
+    whole = {label: reward for label, reward in rewards.items() if traits_of(reward).arity != "point"}  # these compare samples
+    single = {label: reward for label, reward in rewards.items() if label not in whole}
     items = [(prompt, prompt_seed(prompt.text, j, protocol.seed)) for prompt in prompts for j in range(protocol.seeds)]
     starts: Iterable[int] = range(0, len(items), batch_size)
     parts, scores = [], []
@@ -108,12 +115,17 @@ def evaluate(
             part = items[start : start + batch_size]
             samples = policy.rollout([prompt for prompt, _ in part], [seed for _, seed in part], **protocol.arguments())
             samples.images = policy.decode(samples, **protocol.call)
-            scores.append(score(rewards, samples))
-            if not keep_images:
+            samples.group = torch.arange(start, start + len(part)) // protocol.seeds
+            if references is not None:
+                samples.references = references(samples.prompts, policy).to(samples.latents.device)
+            scores.append(score(single, samples))
+            if not (keep_images or whole):
                 samples.images = None
             parts.append(samples)
     seeds = [[prompt_seed(prompt.text, j, protocol.seed) for j in range(protocol.seeds)] for prompt in prompts]
-    table = torch.cat(scores).reshape(len(prompts), protocol.seeds, len(rewards))
+    together = score(whole, concatenate(parts)) if whole else torch.zeros(len(items), 0)
+    order = [[*single, *whole].index(label) for label in rewards]
+    table = torch.cat([torch.cat(scores), together], 1)[:, order].reshape(len(prompts), protocol.seeds, len(rewards))
     return Evaluation(name, protocol, list(prompts), seeds, list(rewards), table, concatenate(parts) if keep_images else None)
 
 

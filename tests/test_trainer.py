@@ -99,7 +99,7 @@ def test_a_run_is_a_function_of_its_seed(recipe, tmp_path):
 def test_the_gradient_is_the_mean_over_samples_and_steps(recipe, tmp_path):
     """By hand: the mean over 4 samples and 2 trained steps of the objective's values, from one batch or from two."""
     trainer = make(recipe, tmp_path)
-    batches = trainer.rollout(0)
+    batches = list(trainer.rollout(0))
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])
     predict = PolicyPredict(trainer.policy, batches[0])
     losses = [trainer.objective.loss(predict, step, advantage).values for step in batches[0].steps]
@@ -112,7 +112,7 @@ def test_the_gradient_is_the_mean_over_samples_and_steps(recipe, tmp_path):
         trainer = make(recipe, tmp_path / str(size), f"batch_size={size}")
         seen = {}
         trainer.apply = lambda t=trainer, seen=seen: seen.update({k: p.grad for k, p in t.policy.trainable().items()}) or 0.0
-        trainer.update(trainer.rollout(0), advantage)
+        trainer.update(list(trainer.rollout(0)), advantage)
         for key, gradient in expected.items():
             torch.testing.assert_close(seen[key], gradient, rtol=1e-4, atol=1e-6)
 
@@ -150,7 +150,7 @@ def test_kl_has_a_gradient_after_a_step_under_autocast(recipe, tmp_path):
     trainer.policy.autocast_dtype = torch.bfloat16
     assert trainer.step()["kl"] == 0
     assert trainer.step()["kl"] > 1e-4
-    batch = trainer.rollout(2)[0]
+    batch = next(trainer.rollout(2))
     loss = trainer.objective.loss(PolicyPredict(trainer.policy, batch), batch.steps[0], torch.zeros(4))
     assert (loss.metrics["kl"] > 1e-4).all()
     loss.values.sum().backward()

@@ -57,7 +57,7 @@ def test_a_group_that_is_split(make):
     rollout = trainer.rollout
 
     def split(step):
-        batches = rollout(step)
+        batches = list(rollout(step))
         batches[0].group[-1] = 99
         return batches
 

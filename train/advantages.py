@@ -45,12 +45,20 @@ def _deviation(values: Tensor) -> Tensor:
     return (torch.where(valid, values - mean, 0.0).square().sum(0) / (count - 1)).sqrt()
 
 
-def normalized(rewards: Tensor, group: Tensor, scale: Scale = "group", floor: float = STD_FLOOR) -> Tensor:
+def normalized(
+    rewards: Tensor, group: Tensor, scale: Scale = "group", floor: float = STD_FLOOR, best: Tensor | None = None
+) -> Tensor:
     """Each reward minus its group's mean, over a deviation: GRPO's advantage. rewards: (N,) or (N, K), NaN stays NaN.
 
     scale: "group" divides by the group's own deviation, "batch" by the deviation of all rewards of the batch (Flow-GRPO's
-    default, so that prompts with little to gain weigh little), "none" does not divide.
+    default, so that prompts with little to gain weigh little), "none" does not divide. best: () or (K,), the largest possible
+    reward, counts as one more member of each group (NGRPO's virtual sample): groups that are all wrong then have an advantage,
+    -1/3 for 8 zeros of a 0/1 reward; NaN where a reward has no maximum.
     """
+    if best is not None:
+        virtual = group.unique()
+        more = best.to(rewards).expand(len(virtual), *rewards.shape[1:])
+        return normalized(torch.cat([rewards, more]), torch.cat([group, virtual]), scale, floor)[: len(rewards)]
     mean, std, _ = group_mean_std(rewards, group)
     centred = rewards.float() - mean
     if scale == "none":
@@ -78,20 +86,25 @@ def advantages(
     aggregation: Aggregation = "sum_then_normalize",
     scale: Scale = "group",
     floor: float = STD_FLOOR,
+    best: Tensor | None = None,
 ) -> Tensor:
     """Advantages (N,) from rewards (N, K), group ids (N,) and weights (K,). A sample that no reward scores has advantage 0.
 
     sum_then_normalize: A = norm(sum_k w_k r_k), Flow-GRPO (arXiv 2505.05470, eq. 5).
     normalize_then_sum: A = norm_batch(sum_k w_k norm_group(r_k)), GDPO: no reward drowns another by its scale.
+    best: (K,) the largest possible value of each reward, for NGRPO's virtual sample (see `normalized`). With it, the sum is not
+    centred over the batch again, which would take away what it gives.
     """
     weights = torch.ones(rewards.shape[1]) if weights is None else weights.to(rewards.device)
     if aggregation == "sum_then_normalize":
-        return normalized(weighted_sum(rewards.float(), weights), group, scale, floor).nan_to_num(0.0)
+        top = None if best is None else weighted_sum(best[None].float(), weights)[0]
+        return normalized(weighted_sum(rewards.float(), weights), group, scale, floor, top).nan_to_num(0.0)
     if aggregation == "normalize_then_sum":
-        z = normalized(rewards, group, scale, floor)
+        z = normalized(rewards, group, scale, floor, best)
         a = (z.nan_to_num(0.0) * weights).sum(1)
         deviation = _deviation(a)
-        return (a - a.mean()) / deviation if deviation > floor else torch.zeros_like(a)
+        mean = a.mean() if best is None else 0.0
+        return (a - mean) / deviation if deviation > floor else torch.zeros_like(a)
     raise ValueError(f"aggregation is sum_then_normalize or normalize_then_sum, not {aggregation!r}")
 
 

@@ -7,11 +7,10 @@ attributes that a DistributedDataParallel wrapper would hide.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,15 @@ from flowrl.config import ConfigError, Plan, Recipe, build, unknown
 from flowrl.data import load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
 from flowrl.policy import LORA_FILE, Policy, resolve_model
-from flowrl.reward_models.base import Reward, load_reward, score
+from flowrl.references import attach, references_of
+from flowrl.reward_models.base import LearningReward, Reward, load_rewards, parts_of, traits_of
 from flowrl.samplers import GLASS, SCHEDULES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.train import watch
 from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
 from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers
 from flowrl.train.objectives import OBJECTIVES
+from flowrl.train.scoring import Scoring
 
 
 class Trainer:
@@ -62,6 +63,8 @@ class Trainer:
         self.eval_prompts = load_prompts(recipe.eval_prompts) if recipe.eval_prompts else []
         self.rewards, self.weights = _rewards(rewards if rewards is not None else recipe.rewards, recipe)
         self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards")[0]}
+        self.references = _references(recipe, {**self.rewards, **self.eval_rewards})
+        self.best = _best(self.rewards) if recipe.virtual_best else None
         if recipe.prompts_per_step > len(self.prompts):
             raise ConfigError(
                 f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of {recipe.prompts}"
@@ -107,6 +110,7 @@ class Trainer:
         self.progress = record.Progress()
         if self.checkpoint:
             self.progress = record.load_checkpoint(self.checkpoint, self.policy, self.optimizer)
+            record.load_reward_states(self.checkpoint, self.learning)
         self.hooks = list(hooks)
         own = record.lies_in(self.checkpoint, self.folder)
         self._saved = self.progress.step if own else None  # step of the newest checkpoint in the folder
@@ -119,13 +123,19 @@ class Trainer:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @property
+    def learning(self) -> dict[str, LearningReward]:
+        """The rewards that go on learning, those inside others too, each by a name of its own."""
+        parts = [(label, i, part) for label, reward in self.rewards.items() for i, part in enumerate(parts_of(reward))]
+        return {f"{label}.{i}" if i else label: part for label, i, part in parts if isinstance(part, LearningReward)}
+
     def _make_trainable(self) -> None:
         recipe = self.recipe
         if recipe.train == "full":
             if recipe.lora:
                 raise ConfigError("lora and train=full exclude each other: merge the LoRA into the model first")
             self.policy.train_all()
-            if self.objective.needs.reference:
+            if self.objective.needs.reference or getattr(self.references, "weights", None) == "reference":
                 self.policy.snapshot("reference")
         elif self.policy.has_lora:
             self.policy.train_lora()
@@ -186,16 +196,24 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One training step: sample, score, update. Returns its metrics."""
         clock = _Clock()
-        batches = self.rollout(self.progress.step)
-        clock.lap("rollout_time")
-        for batch in batches:
-            batch.images = self.policy.decode(batch, batch_size=len(batch))
-        samples = concatenate(batches)
-        watch.check_pictures(samples, self.progress.step + 1)
-        clock.lap("decode_time")
-        scores = score(self.rewards, samples)
+        batches = []
+        with Scoring(self.rewards) as scoring:
+            for batch in self.rollout(self.progress.step):
+                clock.lap("rollout_time")
+                batch.images = self.policy.decode(batch, batch_size=len(batch))
+                watch.check_pictures(batch, self.progress.step + 1)
+                attach(batch, self.references, self.policy)
+                clock.lap("decode_time")
+                scoring.submit(batch)
+                batches.append(batch)
+            samples = concatenate(batches)
+            scores = scoring.finish(samples)
         clock.lap("score_time")
         advantage, metrics = self.advantages(scores, samples.group)
+        for label, reward in self.learning.items():
+            learnt = reward.update(samples, partial(self.accelerator.reduce, reduction="mean"))
+            metrics.update({f"rewards/{label}/{name}": value for name, value in learnt.items()})
+            clock.lap("learn_time")
         if self.progress.updates == 0 and self.recipe.checks:
             watch.preflight(self, batches, scores)
         metrics.update(self.update(batches, advantage))
@@ -210,8 +228,8 @@ class Trainer:
             record.write_samples(self.folder, self.progress.step, samples, scores, list(self.rewards), advantage)
         return {**metrics, "images": float(self.progress.images), **clock.laps, "step_time": sum(clock.laps.values())}
 
-    def rollout(self, step: int) -> list[Samples]:
-        """This process's share of the step's samples, in batches, ordered by update. A group never leaves its process."""
+    def rollout(self, step: int) -> Iterator[Samples]:
+        """This process's share of the step's samples, batch by batch, ordered by update. A group never leaves its process."""
         recipe = self.recipe
         order = prompt_order(len(self.prompts), recipe.prompts_per_step, step, recipe.seed)
         stochastic = self.schedule.steps(recipe.num_inference_steps, recipe.seed, step)
@@ -222,7 +240,6 @@ class Trainer:
             for position in range((update * self.world + self.rank) * share, (update * self.world + self.rank + 1) * share)
         ]
         items = [(position, g) for position in positions for g in range(recipe.num_generations)]
-        batches = []
         for start in range(0, len(items), self.plan.batch_size):
             part = items[start : start + self.plan.batch_size]
             draw: Any = self.policy.rollout
@@ -232,18 +249,15 @@ class Trainer:
                 draw = partial(
                     branched_rollout, self.policy, init_seeds=init_seeds, noise_seeds=noise_seeds, spread=recipe.branch_spread
                 )
-            batches.append(
-                draw(
-                    [self.prompts[order[position]] for position, _ in part],
-                    [sample_seed(recipe.seed, step, position, g) for position, g in part],
-                    transition=self.transition,
-                    stochastic=stochastic,
-                    group=torch.tensor([step * recipe.prompts_per_step + position for position, _ in part]),
-                    keep_velocity=self.objective.needs.sampled_velocity,
-                    solver=recipe.solver,
-                )
+            yield draw(
+                [self.prompts[order[position]] for position, _ in part],
+                [sample_seed(recipe.seed, step, position, g) for position, g in part],
+                transition=self.transition,
+                stochastic=stochastic,
+                group=torch.tensor([step * recipe.prompts_per_step + position for position, _ in part]),
+                keep_velocity=self.objective.needs.sampled_velocity,
+                solver=recipe.solver,
             )
-        return batches
 
     def advantages(self, scores: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Advantages (N,) of this process's samples, computed over all processes, and the rewards' metrics."""
@@ -256,7 +270,7 @@ class Trainer:
                     "does it fit these prompts?"
                 )
         weights = torch.tensor([self.weights[name] for name in self.rewards])
-        all_advantages = advantages(rewards, groups, weights, self.recipe.aggregation, self.recipe.scale_rewards)
+        all_advantages = advantages(rewards, groups, weights, self.recipe.aggregation, self.recipe.scale_rewards, best=self.best)
         count = len(group)
         _, std, _ = group_mean_std(rewards, groups)
         metrics = {
@@ -333,7 +347,15 @@ class Trainer:
             recipe.eval_seeds,
             call=call,
         )
-        result = evaluate(self.policy, self.eval_prompts, self.eval_rewards, protocol, name="ema", weights="ema")
+        result = evaluate(
+            self.policy,
+            self.eval_prompts,
+            self.eval_rewards,
+            protocol,
+            name="ema",
+            weights="ema",
+            references=self.references,
+        )
         return {f"eval/{name}": result.mean(name) for name in self.eval_rewards}
 
     def save_checkpoint(self) -> None:
@@ -345,6 +367,7 @@ class Trainer:
                 self.recipe,
                 self.progress,
                 self.recipe.checkpoints_total_limit,
+                self.learning,
             )
         self._saved = self.progress.step
         self.accelerator.wait_for_everyone()
@@ -434,7 +457,7 @@ class _Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.monotonic()
-        self.laps[name], self.last = now - self.last, now
+        self.laps[name], self.last = self.laps.get(name, 0.0) + now - self.last, now
 
 
 def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
@@ -462,23 +485,38 @@ def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
 
 
 def _rewards(section: dict[str, Any], recipe: Recipe, where: str = "rewards") -> tuple[dict[str, Reward], dict[str, float]]:
-    """Rewards and weights of a recipe section {name: weight} or {name: {weight: ..., option: ...}}, or of given objects."""
-    rewards, weights = {}, {}
-    for name, value in section.items():
-        try:
-            if callable(value):
-                rewards[name] = load_reward(value)
-                given = recipe.rewards.get(name, 1.0)
-                weights[name] = float(given if not isinstance(given, dict) else given.get("weight", 1.0))
-            else:
-                options = dict(value) if isinstance(value, dict) else {"weight": value}
-                weights[name] = float(options.pop("weight", 1.0))
-                rewards[name] = load_reward(name, **options)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{where}.{name}: {error}") from None
-        if not math.isfinite(weights[name]):
-            raise ConfigError(f"{where}.{name}: the weight {weights[name]} is not a finite number")
-    return rewards, weights
+    """Rewards and weights of a recipe's section, or of given objects, whose weights the recipe may hold."""
+    given = {label: recipe.rewards.get(label, 1.0) for label, value in section.items() if callable(value)}
+    try:
+        loaded = load_rewards(section)
+        for label, value in given.items():
+            weight = value.get("weight", 1.0) if isinstance(value, dict) else value
+            loaded[label] = (loaded[label][0], float(weight))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}.{error}") from None
+    return {label: reward for label, (reward, _) in loaded.items()}, {label: weight for label, (_, weight) in loaded.items()}
+
+
+def _references(recipe: Recipe, rewards: dict[str, Reward]) -> Any:
+    """Where references come from. Raises ConfigError when a reward wants them and the recipe does not say."""
+    try:
+        source = references_of(recipe.references)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for label, reward in rewards.items():
+        if source is None and "references" in traits_of(reward).needs:
+            raise ConfigError(
+                f"rewards.{label} compares with other pictures: say which, as in references={{name: base, count: 2}}"
+            )
+    return source
+
+
+def _best(rewards: dict[str, Reward]) -> Tensor:
+    """(K,) the largest possible reward, NaN where there is none. Raises ConfigError when there is none at all."""
+    best = torch.tensor([traits_of(reward).range[1] for reward in rewards.values()])
+    if not bool(best.isfinite().any()):
+        raise ConfigError("virtual_best wants a reward with a known maximum: cap or squash one, as in shape={sigmoid: ...}")
+    return torch.where(best.isfinite(), best, torch.nan)
 
 
 def _check_lora(lora: str | None) -> None:
