@@ -34,7 +34,7 @@ from torch import Tensor
 from flowrl import __version__
 from flowrl.batch import Samples, concatenate
 from flowrl.config import ConfigError
-from flowrl.reward_models.base import Reward, RewardError, as_scores, failing_as, load_rewards, nearest, traits_of
+from flowrl.reward_models.base import Reward, RewardError, as_scores, load_rewards, nearest, traits_of
 from flowrl.reward_models.http import is_loopback, one_line, token_of
 from flowrl.reward_models.wire import BadRequest, Limits, decode, traits_to_json
 
@@ -158,16 +158,25 @@ class Scorer:
         samples.references = None if samples.references is None else samples.references.to(self.device)
         samples.latents = samples.latents.to(self.device)
         try:
-            with torch.no_grad(), failing_as(name):
+            with torch.no_grad():
                 values = self.rewards[name](samples)
-        except RewardError as error:
+        except Exception as error:
             if os.environ.get("FLOWRL_TRACEBACK"):
                 traceback.print_exception(error)
-            raise _Raised(one_line(str(error)), contract=False) from error
+            what = str(error) if isinstance(error, RewardError) else f"reward {name!r} raised {type(error).__name__}: {error}"
+            raise _Raised(one_line(what), contract=_by_as_scores(error)) from error
         try:
             return as_scores(values, len(samples), name)
         except RewardError as error:
             raise _Raised(one_line(str(error)), contract=True) from error
+
+
+def _by_as_scores(error: BaseException) -> bool:
+    """Whether a reward's own call of `as_scores` refused what it returned, as that of every plain function is."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code is as_scores.__code__
 
 
 class _Raised(Exception):
@@ -324,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(raw)
         except OSError:
             status, self.close_connection = 499, True
-        said = self.note or (one_line(str(told["error"]), 120) if status != 200 and "error" in told else "")
+        said = ": ".join(part for part in (self.note, "" if status == 200 else one_line(told["error"], 200)) if part)
         line = f"{self.client_address[0]} {self.command} {one_line(self.path, 60)} {status}"
         self.server.log(f"{time.strftime('%H:%M:%S')} {line} {time.monotonic() - start:.2f}s{f'  {said}' if said else ''}")
         if self.close_connection:

@@ -1,6 +1,6 @@
 """What travels between `remote` and `flowrl serve`: samples as JSON, pictures inside it as base64 of PNG or npy files. No pickle.
 
-    {"reward": "pickscore", "prompts": ["a cat"], "columns": {"kind": ["animal"]}, "groups": [0], "images": ["iVBORw0..."]}
+    {"reward": "pickscore", "prompts": ["a cat"], "columns": [{"kind": "animal"}], "groups": [0], "images": ["iVBORw0..."]}
 
 `encode` writes it, `decode` reads it and trusts nothing: sizes are read from headers and checked before anything is unpacked.
 """
@@ -25,6 +25,7 @@ from flowrl.reward_models.base import RewardError, Traits, check_needs, nearest,
 FIELDS = ("reward", "prompts", "columns", "images", "groups", "references", "latents", "fps")
 #: What a byte becomes.
 BASE64 = 4 / 3
+PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ def encode(samples: Samples, traits: Traits, form: Literal["png", "npy"]) -> dic
 
     Raises RewardError for pixels that are not numbers.
     """
-    body: dict[str, Any] = {"prompts": samples.texts, "columns": samples.columns, "groups": samples.group.tolist()}
+    body: dict[str, Any] = {
+        "prompts": samples.texts,
+        "columns": [prompt.columns for prompt in samples.prompts],
+        "groups": samples.group.tolist(),
+    }
     if samples.images is not None and {"images", "clips"} & {*traits.needs}:
         body["images"] = _encode_pictures(samples.images, form)
     if samples.references is not None and "references" in traits.needs:
@@ -133,11 +138,7 @@ def decode(body: Any, traits: Traits, limits: Limits) -> Samples:
     count = len(texts)
     if not 1 <= count <= limits.batch:
         raise BadRequest(f"{count} prompts; a request has 1 to {limits.batch} (--max-batch)", 413 if count else 400)
-    columns = body.get("columns") or {}
-    if not isinstance(columns, dict):
-        raise BadRequest("columns is an object of lists, one value per prompt")
-    for name, values in columns.items():
-        _list(values, f"columns.{name[:40]}", object, count)
+    columns = [{} for _ in texts] if body.get("columns") is None else _list(body["columns"], "columns", dict, count)
     given = body.get("groups")
     if given is None and traits.arity == "group":
         raise BadRequest("groups is missing: this reward compares the samples of one group, so say which belong together")
@@ -151,8 +152,7 @@ def decode(body: Any, traits: Traits, limits: Limits) -> Samples:
     if latents is None and "latents" in traits.needs:
         raise BadRequest("latents is missing, which this reward scores")
     samples = Samples(
-        # A prompt that lacks a column has null there, and lacks it again.
-        prompts=[Prompt(text, {n: v[i] for n, v in columns.items() if v[i] is not None}) for i, text in enumerate(texts)],
+        prompts=[Prompt(text, own) for text, own in zip(texts, columns, strict=True)],
         seeds=[0] * count,
         group=torch.tensor(groups, dtype=torch.int64),
         latents=torch.zeros(count, 0) if latents is None else _array(latents, "latents", count),
@@ -175,7 +175,7 @@ class _Named:
 def _is(value: Any, kind: type) -> bool:
     """JSON's types: true is no number, 1 is a float."""
     if isinstance(value, bool):
-        return kind is object
+        return False
     return isinstance(value, int | float if kind is float else kind)
 
 
@@ -230,6 +230,8 @@ def _open(raw: bytes, name: str) -> Any:
     """A PNG's header: its pixels stay packed."""
     from PIL import Image
 
+    if raw.startswith(PNG_BEGINS) and not raw.endswith(PNG_ENDS):
+        raise BadRequest(f"{name} is a broken PNG: its end is missing")  # which Pillow may have been told to overlook
     try:
         return Image.open(io.BytesIO(raw), formats=("PNG",))
     except Image.DecompressionBombError:
