@@ -110,18 +110,18 @@ def evaluate(
     items = [(prompt, prompt_seed(prompt.text, j, protocol.seed)) for prompt in prompts for j in range(protocol.seeds)]
     starts: Iterable[int] = range(0, len(items), batch_size)
     parts, scores = [], []
-    with policy.using(weights):
-        for start in tqdm(starts, desc=f"evaluating {name}", unit="batch", disable=not progress, leave=False):
-            part = items[start : start + batch_size]
+    for start in tqdm(starts, desc=f"evaluating {name}", unit="batch", disable=not progress, leave=False):
+        part = items[start : start + batch_size]
+        with policy.using(weights):
             samples = policy.rollout([prompt for prompt, _ in part], [seed for _, seed in part], **protocol.arguments())
             samples.images = policy.decode(samples, **protocol.call)
-            samples.group = torch.arange(start, start + len(part)) // protocol.seeds
-            if references is not None:
-                samples.references = references(samples.prompts, policy).to(samples.latents.device)
-            scores.append(score(single, samples))
-            if not (keep_images or whole):
-                samples.images = None
-            parts.append(samples)
+        samples.group = torch.arange(start, start + len(part)) // protocol.seeds
+        if references is not None:
+            samples.references = references(samples.prompts, policy).to(samples.latents.device)
+        scores.append(score(single, samples))
+        if not (keep_images or whole):
+            samples.images = None
+        parts.append(samples)
     seeds = [[prompt_seed(prompt.text, j, protocol.seed) for j in range(protocol.seeds)] for prompt in prompts]
     together = score(whole, concatenate(parts)) if whole else torch.zeros(len(items), 0)
     order = [[*single, *whole].index(label) for label in rewards]

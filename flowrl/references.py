@@ -68,7 +68,7 @@ class Drawn:
         if self._judge is None:
             return images
         values = score_one(self._judge.name, self._judge, samples).nan_to_num(-torch.inf).unflatten(0, (len(prompts), drawn))
-        best = values.argsort(1, descending=True, stable=True)[:, : self.count].to(images.device)
+        best = values.argsort(dim=1, descending=True, stable=True)[:, : self.count].to(images.device)
         return images[torch.arange(len(prompts), device=images.device)[:, None], best]
 
 

@@ -94,3 +94,27 @@ def test_gdpo_does_not_drown_the_small_reward():
     assert advantages(rewards, group)[0] > 1
     weighted = advantages(rewards, group, torch.tensor([2.0, 1.0]), "normalize_then_sum")
     assert weighted[1] > 0 > weighted[0]
+
+
+def test_a_virtual_best_sample_gives_hopeless_groups_a_direction():
+    """NGRPO, r_max = 1. Eight zeros: mean 1/9, deviation sqrt((8/81 + 64/81) / 8) = 1/3, so -1/3 each. Eight ones: nothing.
+
+    Zeros and a one, (0, 0, 1) with 1: mean 1/2, deviation sqrt(1/3): -0.866, -0.866, 0.866.
+    """
+    rewards = torch.tensor([0.0] * 8 + [1.0] * 8 + [0.0, 0.0, 1.0])
+    group = torch.tensor([3] * 8 + [4] * 8 + [1] * 3)
+    got = normalized(rewards, group, best=torch.tensor(1.0))
+    half = math.sqrt(3) / 2
+    assert torch.allclose(got, torch.tensor([-1 / 3] * 8 + [0.0] * 8 + [-half, -half, half]), atol=1e-6)
+    summed = advantages(torch.stack([rewards, rewards], 1), group, torch.tensor([1.0, 3.0]), best=torch.ones(2))
+    assert torch.allclose(summed, got, atol=1e-6)
+    both = advantages(rewards[:8, None], group[:8], aggregation="normalize_then_sum", best=torch.ones(1))
+    assert bool((both <= 0).all())  # never centred away
+
+
+def test_a_virtual_best_of_an_unbounded_reward_is_none():
+    rewards = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    got = normalized(rewards, group, best=torch.tensor([NAN, 5.0]))
+    assert torch.equal(got[:, 0], normalized(rewards, group)[:, 0])
+    assert got[:3, 1].mean() < -0.1 and got[3:, 1].mean() < -0.1  # both groups are below what is possible

@@ -97,7 +97,7 @@ def advantages(
     """
     weights = torch.ones(rewards.shape[1]) if weights is None else weights.to(rewards.device)
     if aggregation == "sum_then_normalize":
-        top = None if best is None else weighted_sum(best[None].float(), weights)[0]
+        top = None if best is None else (best * weights).sum()
         return normalized(weighted_sum(rewards.float(), weights), group, scale, floor, top).nan_to_num(0.0)
     if aggregation == "normalize_then_sum":
         z = normalized(rewards, group, scale, floor, best)

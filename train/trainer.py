@@ -64,7 +64,7 @@ class Trainer:
         self.rewards, self.weights = _rewards(rewards if rewards is not None else recipe.rewards, recipe)
         self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards")[0]}
         self.references = _references(recipe, {**self.rewards, **self.eval_rewards})
-        self.best = _best(self.rewards) if recipe.virtual_best else None
+        self.best = _best(self.rewards, self.weights, recipe) if recipe.virtual_best else None
         if recipe.prompts_per_step > len(self.prompts):
             raise ConfigError(
                 f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of {recipe.prompts}"
@@ -511,12 +511,20 @@ def _references(recipe: Recipe, rewards: dict[str, Reward]) -> Any:
     return source
 
 
-def _best(rewards: dict[str, Reward]) -> Tensor:
-    """(K,) the largest possible reward, NaN where there is none. Raises ConfigError when there is none at all."""
-    best = torch.tensor([traits_of(reward).range[1] for reward in rewards.values()])
-    if not bool(best.isfinite().any()):
-        raise ConfigError("virtual_best wants a reward with a known maximum: cap or squash one, as in shape={sigmoid: ...}")
-    return torch.where(best.isfinite(), best, torch.nan)
+def _best(rewards: dict[str, Reward], weights: dict[str, float], recipe: Recipe) -> Tensor:
+    """(K,) the best possible value of each reward, the smallest where its weight is negative; NaN where there is none.
+
+    Raises ConfigError when too few are known: one where each reward is normalised by itself, all where their sum is.
+    """
+    best = torch.tensor([traits_of(reward).range[int(weights[label] >= 0)] for label, reward in rewards.items()])
+    known = best.isfinite()
+    if not bool(known.any() if recipe.aggregation == "normalize_then_sum" else known.all()):
+        unknown_ones = ", ".join(label for label, is_known in zip(rewards, known, strict=True) if not is_known)
+        raise ConfigError(
+            f"virtual_best wants rewards with a known maximum, and {unknown_ones} has none: cap or squash it, "
+            f"as in rewards.{unknown_ones.split(',')[0]}={{weight: 1, shape: {{sigmoid: ...}}}}"
+        )
+    return torch.where(known, best, torch.nan)
 
 
 def _check_lora(lora: str | None) -> None:
