@@ -1,4 +1,4 @@
-"""The command line: `flowrl train | sample | eval | gallery | serve | plan | recipes | doctor`.
+"""The command line: `flowrl train | sample | eval | gallery | serve | plan | rewards | recipes | doctor`.
 
 Imports stay inside the commands, so that `flowrl --help` answers at once. Bad input ends with one line on stderr and exit code 2.
 """
@@ -114,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument("--processes", type=positive, default=1, help="processes that will train (default 1)")
 
+    rewards = command("rewards", run_rewards, "list the rewards, or explain one")
+    rewards.add_argument("name", nargs="?", help="a reward, to read what it does and which options it has")
+
     command("recipes", run_recipes, "list the recipes that ship")
 
     sample = command("sample", run_sample, "draw pictures from models, runs, checkpoints and LoRAs", description=SAMPLE_HELP)
@@ -122,14 +125,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation = command("eval", run_eval, "score a model, or two on the same prompts and seeds")
     evaluation.add_argument("model", help="as for sample: a name, a folder, a run, a checkpoint; with LoRAs: MODEL+LORA[@SCALE]")
     evaluation.add_argument("--against", help="the model to compare with: a paired table with 95 %% intervals")
-    evaluation.add_argument("--rewards", nargs="+", default=["tiny_strict", "tiny_dense"], help="rewards by name or dotted path")
+    evaluation.add_argument("--rewards", nargs="+", default=["tiny_strict", "tiny_dense"], help=REWARDS_HELP)
     evaluation.add_argument("--out", type=Path, help="write the scores as JSON")
     sampling_options(evaluation, seeds=4, prompts="tiny-test")
 
     gallery = command("gallery", run_gallery, "a page that puts models side by side: same prompt, same seed")
     gallery.add_argument("models", nargs="+", help="models, runs or checkpoints; the first is the base")
     gallery.add_argument("--out", type=Path, default=Path("gallery"), help="folder of the page (default gallery)")
-    gallery.add_argument("--rewards", nargs="+", default=["tiny_strict", "tiny_dense"])
+    gallery.add_argument("--rewards", nargs="+", default=["tiny_strict", "tiny_dense"], help=REWARDS_HELP)
     gallery.add_argument("--limit", type=positive, default=48, help="prompts, spread evenly over the file (default 48)")
     gallery.add_argument("--title", default="flowrl gallery")
     sampling_options(gallery, seeds=2, prompts="tiny-test")
@@ -149,6 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
     command("doctor", run_doctor, "versions, devices, attention backends")
     return parser
 
+
+REWARDS_HELP = 'rewards: names, folders, dotted paths, or "NAME key=value"; `flowrl rewards` lists them'
 
 SAMPLE_HELP = """\
 Draw pictures: one PNG for each model, prompt and seed. All that drew a picture stands inside it, its name depends on prompt and
@@ -209,9 +214,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     how.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     kept = sample.add_argument_group("what is kept")
     kept.add_argument("--out", type=Path, default=Path("samples"), help="folder (default samples), with the table samples.jsonl")
-    kept.add_argument(
-        "--rewards", "--reward", nargs="+", default=[], metavar="NAME", help="score the pictures, by name or dotted path"
-    )
+    kept.add_argument("--rewards", "--reward", nargs="+", default=[], metavar="NAME", help=REWARDS_HELP)
     kept.add_argument(
         "--grid", action="store_true", help="also a labelled sheet, grid.png: prompts x models and seeds, rewards below"
     )
@@ -298,6 +301,36 @@ def run_recipes(arguments: argparse.Namespace) -> int:
     for name in recipe_names():
         first = files("flowrl.train.recipes").joinpath(f"{name}.yaml").read_text().splitlines()[0]
         print(f"{name:<24} {first.lstrip('# ')}")
+    return 0
+
+
+def run_rewards(arguments: argparse.Namespace) -> int:
+    import inspect
+    import shlex
+
+    quiet_libraries()
+    from flowrl.reward_models import EMBEDDED, REWARDS
+    from flowrl.reward_models.base import embedded_folder, find_reward
+
+    if arguments.name is None:
+        for name in REWARDS:
+            print(f"{name:<20} {(find_reward(name)[0].__doc__ or '').strip().splitlines()[0]}")
+        print("\ntrained on the embedded world, ready to use:")
+        for name in EMBEDDED:
+            card = embedded_folder(name) / "README.md"
+            lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+            print(f"{name:<20} {next((line for line in lines if line and not line.startswith(('#', '-', '`'))), '')}")
+        return 0
+    found, implied = find_reward(arguments.name)
+    options = [] if not inspect.isclass(found) else list(inspect.signature(found).parameters.values())
+    print(f"{arguments.name}\n\n{inspect.cleandoc(found.__doc__ or '')}\n")
+    for option in options:
+        default = implied.get(option.name, option.default)
+        shown = "required" if default is inspect.Parameter.empty else repr(default)
+        print(f"  {option.name:<20} {shown}")
+    needed = [f"{option.name}: ..." for option in options if option.default is option.empty and option.name not in implied]
+    value = "{" + ", ".join(["weight: 1", *needed]) + "}" if needed else "1"
+    print(f"\n  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
     return 0
 
 

@@ -48,7 +48,7 @@ from flowrl.pictures import (
 from flowrl.policy import DTYPES, Policy
 from flowrl.record import environment, move, unfinished, write_text, writing
 from flowrl.reward_models import load_reward
-from flowrl.reward_models.base import Reward, failing_as, score, to_pil
+from flowrl.reward_models.base import Reward, failing_as, score, to_pil, traits_of
 from flowrl.samplers import TRANSITIONS, AllButLast
 from flowrl.samplers.steering import STEERS, PolicyModel, Report, genealogy_picture, steer
 from flowrl.samplers.steering.loop import strength_of
@@ -141,6 +141,9 @@ def sample_to_folder(
         digests[source.text] = source.digest()
     todo = [item for item in items if overwrite or not is_drawn(item, digests[item.column.source.text])]
     scorers = {name_of(spec): load_reward(spec) for spec in rewards}
+    for name, reward in scorers.items():
+        if traits_of(reward).arity != "point" or "references" in traits_of(reward).needs:
+            raise ConfigError(f"reward {name} compares pictures with others: use it with `flowrl eval` or `flowrl train`")
     climbs = dict.fromkeys(item.request["steer_reward"] for item in todo if item.column.steering)
     climbed = {name: scorers.get(name) or load_reward(name) for name in climbs}
     rows: dict[Path, dict[str, Any]] = {}

@@ -206,6 +206,19 @@ def load_reward(spec: Any, **options: Any) -> Reward:
     return _construct(_import(f"{module_name}:{attribute}", spec), spec, options)
 
 
+def find_reward(name: str) -> tuple[Any, dict[str, Any]]:
+    """The class or function behind a name of REWARDS or an embedded one, and the options that the name implies."""
+    from flowrl.reward_models import EMBEDDED, REWARDS
+
+    if name in EMBEDDED:
+        facts = json.loads((embedded_folder(name) / REWARD_FILE).read_text(encoding="utf-8"))
+        found, implied = find_reward(facts["reward"])
+        return found, {**implied, **facts.get("options", {}), "folder": embedded_folder(name)}
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}{nearest(name, [*REWARDS, *EMBEDDED])}")
+    return _import(REWARDS[name][0], name), REWARDS[name][1]
+
+
 def load_rewards(section: Mapping[str, Any] | Sequence[Any]) -> dict[str, tuple[Reward, float]]:
     """Rewards with their weights from {label: weight} or {label: {weight: ..., name: ..., option: ...}}, or a list of specs.
 
