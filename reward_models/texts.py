@@ -17,11 +17,12 @@ class PromptLimit:
     lengths: tokens of each prompt if none were cut. limit: how many the text tower reads.
     """
 
-    def __init__(self, name: str, limit: int, lengths: Callable[[Sequence[str]], list[int]]):
-        self.name, self.limit, self.lengths = name, limit, lengths
+    def __init__(self, limit: int, lengths: Callable[[Sequence[str]], list[int]]):
+        self.limit, self.lengths = limit, lengths
         self.cut: dict[str, bool] = {}
 
-    def __call__(self, prompts: Sequence[str]) -> None:
+    def __call__(self, name: str, prompts: Sequence[str]) -> None:
+        """name: of the reward, for the warning."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cut]
         if not new:
             return
@@ -32,7 +33,7 @@ class PromptLimit:
             _log.warning(
                 "flowrl: reward %s reads %d tokens of a prompt, and %d of the %d prompts so far are longer (%.0f%%); the rest of "
                 "them is not scored. First: %r",
-                self.name, self.limit, count, len(self.cut), 100 * self.share, next(p for p in new if self.cut[p])[:80],
+                name, self.limit, count, len(self.cut), 100 * self.share, next(p for p in new if self.cut[p])[:80],
             )  # fmt: skip
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def unreachable(place: str | Path, error: Exception) -> ValueError:
     """One sentence for whatever the hub's client raises, with the way out."""
-    cause = " ".join(str(error).split())[:160]
+    cause = " ".join(str(error).split()).split(". ")[0][:160]
     if not is_hub_id(place):
         return ValueError(f"no weights at {place} ({cause})")
     return ValueError(
@@ -62,17 +62,18 @@ def read(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load all of a module's weights; names that it does not have are left out.
+def fill(module: nn.Module, state: Mapping[str, Tensor], path: str | Path, named: Callable[[str], str] = str) -> None:
+    """Load all of a module's weights; names that it does not have are left out. named: what the file calls one of its weights.
 
     Raises ValueError with the first names that are missing or have another shape: a half-filled scorer gives plausible nonsense.
     """
     own = module.state_dict()
-    missing = [name for name in own if name not in state]
+    missing = [named(name) for name in own if named(name) not in state]
     if missing:
         rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"{path} lacks {len(missing)} of {len(own)} weights: {', '.join(missing[:3])}{rest}")
     for name, value in own.items():
-        if state[name].shape != value.shape:
-            raise ValueError(f"{path}: {name} has the shape {tuple(state[name].shape)} instead of {tuple(value.shape)}")
-    module.load_state_dict({name: state[name] for name in own})
+        theirs = state[named(name)]
+        if theirs.shape != value.shape:
+            raise ValueError(f"{path}: {named(name)} has the shape {tuple(theirs.shape)} instead of {tuple(value.shape)}")
+    module.load_state_dict({name: state[named(name)] for name in own})
