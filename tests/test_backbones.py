@@ -41,10 +41,10 @@ def test_pixels_as_the_processors_make_them(size):
     """The crop of transformers, on both of its backends; the padding and squashing of open_clip; at the size that CLIP sees."""
     images = photo(1, *size)
     (picture,) = to_pil(images)
-    raw = {"image_mean": (0, 0, 0), "image_std": (1, 1, 1), "return_tensors": "pt"}
+    raw = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3, "return_tensors": "pt"}
     theirs = {
-        "pad": image_transform(224, False, (0, 0, 0), (1, 1, 1), resize_mode="longest")(picture)[None],
-        "squash": image_transform(224, False, (0, 0, 0), (1, 1, 1), resize_mode="squash")(picture)[None],
+        "pad": image_transform(224, False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="longest")(picture)[None],
+        "squash": image_transform(224, False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="squash")(picture)[None],
     }
     crops = [kind()(picture, **raw)["pixel_values"] for kind in (CLIPImageProcessor, CLIPImageProcessorPil)]
     for resize, expected in [*theirs.items(), *(("crop", crop) for crop in crops)]:
