@@ -168,6 +168,9 @@ class GenEval:
     Mask2Former of mmdet 2.
     """
 
+    name = "geneval"
+    traits = Traits(columns=("include",), range=(0, 1))
+
     def __init__(
         self,
         mode: str = "strict",
@@ -178,10 +181,9 @@ class GenEval:
     ):
         if mode not in ("strict", "dense", "official"):
             raise ValueError(f"mode={mode!r}: choose strict, dense or official")
-        self.name, self.mode, self.detector = "geneval", mode, load_detector(detector)
+        self.mode, self.detector = mode, load_detector(detector)
         self.threshold, self.color = threshold, color
         self.counting_threshold = threshold if counting_threshold is None else counting_threshold
-        self.traits = Traits(columns=("include",), range=(0, 1))
 
     def __call__(self, samples: Samples) -> Tensor:
         images = pictures_of(samples, self.name)

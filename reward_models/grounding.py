@@ -243,4 +243,5 @@ class GaussianLayout(Rule):
         layouts = [read_layout(prompt.columns) for prompt in samples.prompts]
         found = detect_in(self.detector, images, [layout.phrases if layout else [] for layout in layouts])
         aspect = images.shape[-1] / images.shape[-2]
-        return [layout and (objects, layout, self, aspect) for objects, layout in zip(found, layouts, strict=True)]
+        seen = zip(found, layouts, strict=True)
+        return [None if layout is None else (objects, layout, self, aspect) for objects, layout in seen]

@@ -26,7 +26,7 @@ _SINGLE = r"(?<!\w){open}(?=\S)((?:[^'‘’\n]|(?<=\w)['’](?=\w))+)(?<=\S){cl
 _QUOTED = re.compile(
     "|".join(
         [r'(?<!\d)"([^"\n]*)"']  # after a digit it means inches
-        + [rf"{re.escape(a)}([^{re.escape(a + b)}\n]*){re.escape(b)}" for a, b in _PAIRS]
+        + [rf"{re.escape(pair[0])}([^{re.escape(pair)}\n]*){re.escape(pair[1])}" for pair in _PAIRS]
         + [_SINGLE.format(open="'", close="'"), _SINGLE.format(open="‘", close="’")]
     )
 )
@@ -109,6 +109,9 @@ class OCR:
     lines of text, also as "package.module:function".
     """
 
+    name = "ocr"
+    traits = Traits(columns=("text",), range=(0, 1))
+
     def __init__(self, engine: Any = "rapidocr", precision: float = 0.2):
         if not 0 <= precision <= 1:
             raise ValueError(f"precision={precision} must be between 0 and 1")
@@ -119,8 +122,7 @@ class OCR:
                 engine = pkgutil.resolve_name(engine)
             except (ImportError, AttributeError, ValueError) as error:
                 raise ValueError(f"engine={engine!r}: choose rapidocr, or the path of a function ({error})") from None
-        self.name, self.engine, self.precision = "ocr", engine, precision
-        self.traits = Traits(columns=("text",), range=(0, 1))
+        self.engine, self.precision = engine, precision
 
     def __call__(self, samples: Samples) -> Tensor:
         images = pictures_of(samples, self.name)
