@@ -24,6 +24,7 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     # -- exact
     "tiny_strict": (f"{_HERE}.verify:TinyVerifier", {"mode": "strict"}),
     "tiny_dense": (f"{_HERE}.verify:TinyVerifier", {"mode": "dense"}),
+    "tiny_clean": (f"{_HERE}.verify:TinyVerifier", {"mode": "clean"}),
     "geneval": (f"{_HERE}.geneval:GenEval", {}),
     "layout": (f"{_HERE}.grounding:GaussianLayout", {}),
     "ocr": (f"{_HERE}.ocr:OCR", {}),

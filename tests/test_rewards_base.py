@@ -146,3 +146,16 @@ def test_rewards_without_a_model():
     noise.images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     jpeg = load_reward("jpeg_size")
     assert float(jpeg(noise)) < float(jpeg(flat)) < 0
+
+
+def test_clean_asks_for_known_shapes_whatever_the_caption():
+    from flowrl.tiny import render, sample_scene, split
+    from flowrl.tiny.corrupt import corrupt
+
+    spec, rng = split("test")[0], np.random.default_rng(0)
+    scene = sample_scene(spec, rng)
+    pictures = np.stack([render(scene), corrupt(scene, "tear", 1.0, rng)[0]])
+    given = samples(2)
+    given.images = torch.from_numpy(pictures)
+    assert load_reward("tiny_clean")(given).tolist() == [1.0, 0.0]
+    assert load_reward("tiny_strict")(given).isnan().all()  # these prompts say nothing of scenes
