@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from flowrl.cli import quiet_libraries
 from flowrl.config import load_recipe
@@ -39,7 +42,15 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "win_rate": ("win rate of the preference", {"win_rate": {"of": "tiny_preference"}}),
     "par": ("preference against base pictures", {"tiny_preference": {"weight": 1.0, "shape": {"par": {"k": 1.0}}}}),
     "verifier": ("exact verifier", {"tiny_dense": 1.0, "tiny_strict": 1.0}),
+    "noise": ("noise (control)", {"noise": 1.0}),
 }
+
+
+def noise(images: Tensor, prompts: list[str]) -> list[float]:
+    """Says nothing, differently for every picture: what updates of this size do without any signal."""
+    return [random.Random(image.numpy().tobytes()).random() for image in images]
+
+
 #: Measured, and trained on by no arm but the first and the last.
 MEASURES = {
     "tiny_preference": "preference (trained on)",
@@ -62,7 +73,7 @@ def train(arm: str, seed: int, out: Path, overrides: list[str]) -> Path:
         recipe.references = {"name": "base", "count": 2}
     if checkpoints(folder):
         recipe.resume_from_checkpoint = "latest"
-    trainer = Trainer(recipe)
+    trainer = Trainer(recipe, rewards={"noise": noise} if arm == "noise" else None)
     if trainer.progress.step < recipe.max_steps:
         trainer.train()
     return folder

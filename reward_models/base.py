@@ -41,7 +41,7 @@ class Traits:
 
     arity: Literal["point", "group", "batch"] = "point"  #: group compares the samples of one prompt, batch all of them.
     needs: tuple[str, ...] = ("images",)  #: Among NEEDS.
-    columns: tuple[str, ...] = ()  #: Columns of the prompt file that it reads; it abstains where they are missing.
+    columns: tuple[str, ...] = ()  #: Columns of the prompt file that it reads; where it finds none it abstains.
     range: tuple[float, float] = (-math.inf, math.inf)  #: Its values lie within.
     differentiable: bool = False  #: Its gradients reach the pictures.
     remote: bool = False  #: It waits for another machine: the loop draws the next batch meanwhile.

@@ -13,8 +13,8 @@ class TinyVerifier:
     """Did the picture of coloured shapes follow its caption? For the embedded world (`flowrl.tiny`).
 
     strict: 1 when objects, colours, counts and relation are all right, else 0. dense: partial credit in [0, 1]. Both abstain
-    (NaN) where the prompt carries no scene description (`kind`, `include` columns of the embedded prompt sets). clean: 1 when every
-    component of the picture is a known shape, whatever the caption says, else 0: an artifact measure that is not learnt.
+    (NaN) where the prompt carries no scene description (`kind`, `include` columns of the embedded prompt sets). clean: 1 when
+    every component of the picture is a known shape, whatever the caption says, else 0: an artifact measure that is not learnt.
     """
 
     def __init__(self, mode: str = "strict"):
