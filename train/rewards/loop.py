@@ -388,7 +388,7 @@ class RewardTrainer:
         """Held-out scores before and after, as the rows of a Markdown table."""
         rows = record.read_metrics(self.folder)
         first = rows[0] if rows and rows[0]["step"] == 0 else {}
-        names = [name for name in self.scores]
+        names = list(self.scores)
         width = max(map(len, ["held out", *names]))
         lines = [f"| {'held out'.ljust(width)} | before |  after |", f"|{'-' * (width + 2)}|-------:|-------:|"]
         for name in names:
