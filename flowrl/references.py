@@ -61,10 +61,10 @@ class Drawn:
     def _draw(self, prompts: Sequence[Prompt], policy: Policy) -> Tensor:
         drawn = self.best_of or self.count
         items = [(prompt, prompt_seed(prompt.text, j, seed=1)) for prompt in prompts for j in range(drawn)]
-        steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
+        steps: dict[str, Any] = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
         samples = policy.rollout([prompt for prompt, _ in items], [seed for _, seed in items], **steps)
-        samples.images = policy.decode(samples, batch_size=len(samples))
-        images = samples.images.unflatten(0, (len(prompts), drawn))
+        samples.images = pictures = policy.decode(samples, batch_size=len(samples))
+        images = pictures.unflatten(0, (len(prompts), drawn))
         if self._judge is None:
             return images
         values = score_one(self._judge.name, self._judge, samples).nan_to_num(-torch.inf).unflatten(0, (len(prompts), drawn))
