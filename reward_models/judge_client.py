@@ -130,11 +130,10 @@ class Judge:
         max_tokens: of an answer in text; None asks for the first token's probabilities.
         """
         assert samples.images is not None
-        texts = [fill(template, prompt, **more) for prompt in samples.prompts]
-        asked = [i for i, text in enumerate(texts) if text is not None]
+        texts = {i: text for i, prompt in enumerate(samples.prompts) if (text := fill(template, prompt, **more)) is not None}
+        asked = list(texts)
         pictures = self.pictures(samples.images[asked])
-        questions = [[shown, texts[i]] for shown, i in zip(pictures, asked, strict=True)]
-        answers = self.ask(questions, max_tokens is None, max_tokens or 1)  # type: ignore[arg-type]
+        answers = self.ask(list(zip(pictures, texts.values(), strict=True)), max_tokens is None, max_tokens or 1)
         scores = torch.full((len(samples),), torch.nan)
         scores[asked] = torch.tensor(self.read([value(answer) for answer in answers], answers))
         return scores

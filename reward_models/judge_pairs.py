@@ -89,7 +89,8 @@ class Pairwise(Judge):
             group = places.tolist()
             for a, b in schedule([samples.seeds[i] for i in group], self.opponents):
                 pairs.append((group[a], group[b]))
-        asked, questions = [], []
+        asked: list[tuple[int, int]] = []
+        questions: list[list[str | Picture]] = []
         for i, j in pairs:
             text = self.text(samples.prompts[i])
             if text is None:

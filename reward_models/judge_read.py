@@ -65,15 +65,16 @@ def read_scores(text: str, dimensions: Sequence[str]) -> dict[str, float] | None
 
     Not clear: missing, out of range, twice with different numbers, or with more than a number behind the colon.
     """
-    scores = {}
+    scores: dict[str, float] = {}
     for name in dimensions:
         line = rf"^[^\w\n]*{re.escape(name)}(?:\s+score)?(?:\s*\(1\s*[-\u2013]\s*5\))?[*_ \t]*:[*_ \t]*"
         found = re.findall(line + r"([^\n]*)$", _final(text), re.IGNORECASE | re.MULTILINE)
         numbers = {_score(rest) for rest in found}
-        if len(numbers) != 1 or None in numbers:
+        number = numbers.pop() if len(numbers) == 1 else None
+        if number is None:
             return None
-        scores[name] = numbers.pop()
-    return scores  # type: ignore[return-value]
+        scores[name] = number
+    return scores
 
 
 def read_rubric(text: str, first: str, second: str) -> tuple[float, dict[str, float]] | None:
