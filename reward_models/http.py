@@ -250,7 +250,7 @@ def _broken(error: Exception, timeout: float) -> _Attempt:
 
 def _opener(host: str) -> urllib.request.OpenerDirector:
     """http(s) only, no redirects (they would carry the token elsewhere), no proxy for this machine itself."""
-    proxies = {} if is_loopback(host) else None
+    proxies: dict[str, str] | None = {} if is_loopback(host) else None
     return urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _NoRedirect)
 
 

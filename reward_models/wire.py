@@ -197,7 +197,7 @@ def _pictures(told: Any, name: str, count: int, dimensions: tuple[int, ...], lim
         if pictures.ndim not in dimensions or pictures.shape[-3] != 3 or 0 in pictures.shape:
             wanted = " or ".join({4: "(N, 3, H, W)", 5: "(N, F, 3, H, W)"}[d] for d in dimensions)
             raise BadRequest(f"{name}: shape {tuple(pictures.shape)} instead of {wanted}")
-        _check_pixels(f"{name}", pictures.shape[-1], pictures.shape[-2], limits)
+        _check_pixels(name, pictures.shape[-1], pictures.shape[-2], limits)
         low, high = float(pictures.min()), float(pictures.max())
         if low < -0.01 or high > 1.01:
             raise BadRequest(f"{name}: pictures are float32 in [0, 1] or uint8, and these go from {low:g} to {high:g}")
@@ -209,7 +209,7 @@ def _pictures(told: Any, name: str, count: int, dimensions: tuple[int, ...], lim
         warnings.simplefilter("ignore")  # of Pillow, about sizes that are checked here
         opened = [_open(raw, f"{name}[{i}]") for i, raw in enumerate(files)]
         for i, image in enumerate(opened):
-            _check_pixels(f"{name}[{i}]", *image.size, limits)
+            _check_pixels(f"{name}[{i}]", image.width, image.height, limits)
             if image.size != opened[0].size:
                 raise BadRequest(f"{name}[{i}] is {image.size}, {name}[0] is {opened[0].size}: one size per request")
         width, height = opened[0].size
