@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +107,9 @@ class DualEncoder(nn.Module):
     size: (h, w) of the vision tower. mean, std: of the pixels, per channel. resize, mode: see `resized`. context: how many tokens
     the text tower reads.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -286,7 +290,12 @@ class OpenClipBackbone(DualEncoder):
             raise ValueError(f"open_clip has no architecture {architecture!r}")
         path = find_file(place, filename)
         state = read(path)
-        model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
+        silenced = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # it warns that the weights are random, which they are until the next line
+        try:
+            model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
+        finally:
+            logging.disable(silenced)
         fill(model, state.get("state_dict", state), path)
         return cls(model, open_clip.get_tokenizer(architecture), resize).requires_grad_(False)
 
@@ -308,7 +317,7 @@ class LinearStack(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         sizes = (width, 1024, 128, 64, 16, 1)
-        self.layers = nn.ModuleDict({name: nn.Linear(*sizes[i : i + 2]) for i, name in enumerate("02467")})
+        self.layers = nn.ModuleDict({name: nn.Linear(sizes[i], sizes[i + 1]) for i, name in enumerate("02467")})
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
