@@ -85,7 +85,7 @@ class Scorer:
     def queue(self) -> int:
         """Samples that wait."""
         with self.changed:
-            return sum(len(job.samples) for job in self.waiting)
+            return sum(len(job.samples) for job in self.waiting if not job.abandoned)
 
     def submit(self, job: Job) -> None:
         with self.changed:

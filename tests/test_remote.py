@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from flowrl.serve import Arrives
 from tests.runs import finish, start
 
 OWN = '''
+import os
 import time
 import torch
 from flowrl.reward_models.base import Traits
@@ -68,8 +70,12 @@ def infinite(images, prompts):
 def every_other(images, prompts):
     return [None if i % 2 else 0.0 for i in range(len(prompts))]
 
-def sleeper(images, prompts):
-    time.sleep(0.6)
+def gate(images, prompts):
+    """Says that it has begun, and waits until it may go on."""
+    with open("begun", "a") as file:
+        file.write("x")
+    while not os.path.exists("go"):
+        time.sleep(0.01)
     return [1.0] * len(prompts)
 
 def call_size(images, prompts):
@@ -105,7 +111,7 @@ class Likeness:
         return -far + samples.latents.flatten(1).sum(1)
 '''
 FUNCTIONS = (
-    *("dark_fails", "fails_once", "broken", "short", "text", "infinite", "every_other", "sleeper", "call_size", "column"),
+    *("dark_fails", "fails_once", "broken", "short", "text", "infinite", "every_other", "gate", "call_size", "column"),
     *("Leads", "Whole", "Clip", "Likeness"),
 )
 LIMITS = ("--max-batch", 16, "--max-pixels", 10_000, "--max-megabytes", 2)
@@ -122,6 +128,24 @@ class Server:
             assert self.process.is_alive() and time.monotonic() < until, Path(f"{log}.err").read_text()
             time.sleep(0.02)
         self.url = found[1]
+
+    def close_gate(self) -> None:
+        """Let `gate` wait from now on."""
+        for name in ("begun", "go"):
+            self.log.with_name(name).unlink(missing_ok=True)
+
+    def open_gate(self) -> None:
+        self.log.with_name("go").touch()
+
+    @property
+    def begun(self) -> int:
+        """Calls of `gate` since it was closed."""
+        file = self.log.with_name("begun")
+        return len(file.read_text()) if file.exists() else 0
+
+    @property
+    def queue(self) -> int:
+        return get_json(f"{self.url}/health")["queue"]
 
     def lines(self) -> list[str]:
         return Path(f"{self.log}.err").read_text().splitlines()
@@ -146,6 +170,13 @@ def server(tmp_path_factory):
     stopped = server.stop()
     assert stopped.code == 0 and "stopped after" in stopped.out
     assert "Traceback" not in stopped.err
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, "waited for 30 s"
+        time.sleep(0.01)
 
 
 def remote(server, reward, **options) -> Remote:
@@ -272,12 +303,14 @@ def test_small_requests_are_scored_together_and_groups_never(server):
     """While one request is scored, five of one sample wait: those of a pointwise reward share a call."""
 
     def behind_a_slow_one(reward: str) -> list[torch.Tensor]:
+        server.close_gate()
         with ThreadPoolExecutor(6) as pool:
-            pool.submit(remote(server, "sleeper"), samples(1))
-            clients = [remote(server, reward) for _ in range(5)]
-            assert all(client.traits for client in clients)
-            time.sleep(0.2)
-            return [future.result() for future in [pool.submit(client, samples(1)) for client in clients]]
+            pool.submit(remote(server, "gate"), samples(1))
+            until(lambda: server.begun)
+            scores = [pool.submit(remote(server, reward), samples(1)) for _ in range(5)]
+            until(lambda: server.queue == 5)
+            server.open_gate()
+            return [future.result() for future in scores]
 
     assert torch.cat(behind_a_slow_one("call_size")).tolist() == [5.0] * 5
     assert torch.cat(behind_a_slow_one("whole")).tolist() == [0.0] * 5  # one call of five samples would differ from its mean
@@ -327,15 +360,17 @@ def test_a_broken_reward_says_so(server, name, message):
 
 
 def test_a_slow_reward_times_out_and_its_work_is_dropped(server):
-    """Three attempts of 0.2 s at a reward of 0.6 s; what was given up is not scored once its turn comes."""
+    """Three attempts at a reward that does not come back: the two that waited behind the first are never begun."""
+    server.close_gate()
     with pytest.raises(
         HttpError, match=r"failed after 3 attempts in .* s: no answer within 0.2 s; raise timeout, lower batch_size"
     ):
-        remote(server, "sleeper", timeout=0.2, retries=2)(samples(1))
-    time.sleep(0.5)
-    begun = time.monotonic()
-    remote(server, "brightness")(samples(1))
-    assert time.monotonic() - begun < 0.9 and get_json(f"{server.url}/health")["queue"] == 0
+        reward = remote(server, "gate", timeout=0.2, retries=2)
+        reward._facts = remote(server, "gate").facts  # which may take longer on a busy machine
+        reward(samples(1))
+    until(lambda: server.queue == 0)
+    server.open_gate()
+    assert remote(server, "brightness")(samples(1)).isfinite().all() and server.begun == 1
 
 
 # ------------------------------------------------------------------------------------------------ servers that fail
@@ -465,17 +500,19 @@ def test_a_server_that_is_not_there(tmp_path):
 def test_stopping_answers_what_is_under_way(tmp_path, monkeypatch):
     (tmp_path / "own_served.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    server = Server(tmp_path / "log", "own_served.sleeper", "--port", 0)
-    reward = remote(server, None, retries=0)
-    assert reward.traits.arity == "point"
+    server = Server(tmp_path / "log", "own_served.gate", "--port", 0)
     with ThreadPoolExecutor(1) as pool:
-        scores = pool.submit(reward, samples(1))
+        scores = pool.submit(remote(server, None, retries=0), samples(1))
+        until(lambda: server.begun)
+        server.process.terminate()
         time.sleep(0.3)
-        stopped = server.stop()
+        assert server.process.is_alive()
+        server.open_gate()
         assert scores.result(10).tolist() == [1.0]
+    stopped = finish(server.process, server.log)
     assert stopped.code == 0 and "stopped after 1 requests" in stopped.out
     line = stopped.err.splitlines()[-1]
-    assert re.fullmatch(r"\d\d:\d\d:\d\d 127.0.0.1 POST /score 200 0.\d\ds  sleeper 1 samples", line)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d 127.0.0.1 POST /score 200 \d.\d\ds  gate 1 samples", line)
 
 
 # ------------------------------------------------------------------------------------------------ hostile clients
