@@ -281,6 +281,8 @@ class Trainer:
         for k, name in enumerate(self.rewards):
             metrics[f"rewards/{name}/mean"] = float(rewards[:, k].nanmean())
             metrics[f"rewards/{name}/std"] = float(std[:, k].mean())
+            if truncated := getattr(self.rewards[name], "truncated", 0.0):  # share of prompts whose tail its tokenizer cuts off
+                metrics[f"rewards/{name}/truncated"] = truncated
         return all_advantages[self.rank * count : (self.rank + 1) * count].float(), metrics
 
     def update(self, batches: list[Samples], advantage: Tensor) -> dict[str, float]:
