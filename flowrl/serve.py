@@ -34,7 +34,7 @@ from torch import Tensor
 from flowrl import __version__
 from flowrl.batch import Samples, concatenate
 from flowrl.config import ConfigError
-from flowrl.reward_models.base import Reward, RewardError, as_scores, load_rewards, nearest, traits_of
+from flowrl.reward_models.base import NotScores, Reward, RewardError, as_scores, load_rewards, nearest, traits_of
 from flowrl.reward_models.http import is_loopback, one_line, token_of
 from flowrl.reward_models.wire import BadRequest, Limits, decode, traits_to_json
 
@@ -164,19 +164,11 @@ class Scorer:
             if os.environ.get("FLOWRL_TRACEBACK"):
                 traceback.print_exception(error)
             what = str(error) if isinstance(error, RewardError) else f"reward {name!r} raised {type(error).__name__}: {error}"
-            raise _Raised(one_line(what), contract=_by_as_scores(error)) from error
+            raise _Raised(one_line(what), contract=isinstance(error, NotScores)) from error
         try:
             return as_scores(values, len(samples), name)
         except RewardError as error:
             raise _Raised(one_line(str(error)), contract=True) from error
-
-
-def _by_as_scores(error: BaseException) -> bool:
-    """Whether a reward's own call of `as_scores` refused what it returned, as that of every plain function is."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code is as_scores.__code__
 
 
 class _Raised(Exception):

@@ -89,6 +89,10 @@ class RewardError(RuntimeError):
     """A scorer broke its contract or failed; the message names the reward and what it did."""
 
 
+class NotScores(RewardError):
+    """What a scorer returned is no score for each sample; asking again does not help."""
+
+
 def traits_of(reward: Any) -> Traits:
     return getattr(reward, "traits", None) or Traits()
 
@@ -126,7 +130,7 @@ class FunctionReward:
 def as_scores(values: Any, count: int, name: str) -> Tensor:
     """What a scorer returned, as (count,) fp32 on the CPU, None as NaN; a tensor keeps its graph, for those who climb gradients.
 
-    Raises RewardError on anything else.
+    Raises NotScores on anything else.
     """
     if isinstance(values, Tensor):
         scores = values.float().cpu()
@@ -134,13 +138,13 @@ def as_scores(values: Any, count: int, name: str) -> Tensor:
         try:
             scores = torch.tensor([float("nan") if value is None else float(value) for value in values])
         except (TypeError, ValueError):
-            raise RewardError(
+            raise NotScores(
                 f"reward {name!r} returned {type(values).__name__} instead of one number (or None) per sample"
             ) from None
     if scores.shape != (count,):
-        raise RewardError(f"reward {name!r} returned values of shape {tuple(scores.shape)} for {count} samples")
+        raise NotScores(f"reward {name!r} returned values of shape {tuple(scores.shape)} for {count} samples")
     if scores.isinf().any():
-        raise RewardError(f"reward {name!r} returned infinity for sample {int(scores.isinf().nonzero()[0])}")
+        raise NotScores(f"reward {name!r} returned infinity for sample {int(scores.isinf().nonzero()[0])}")
     return scores
 
 
