@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from flowrl.config import ConfigError
 from flowrl.data import sample_seed
+from flowrl.pairs import load_picture
 from flowrl.reward_models.backbones import ClipBackbone
 from flowrl.reward_models.base import REWARD_FILE
 from flowrl.tiny import SIZE
@@ -115,7 +116,7 @@ class Contrastive:
 
     def _scores(self, images: Any, prompts: list[str]) -> Tensor:
         pictures = torch.cat(
-            [self.module.pictures(part) for part in torch.as_tensor(images).to(self.module.mean.device).split(128)]
+            [self.module.pictures(load_picture(part).to(self.module.mean.device)) for part in torch.as_tensor(images).split(128)]
         )
         return F.cosine_similarity(pictures, self.module.texts(prompts)).cpu()
 
