@@ -1,4 +1,4 @@
-"""The command line: `flowrl train | sample | eval | gallery | serve | plan | rewards | recipes | doctor`.
+"""The command line: `flowrl train | train-reward | sample | eval | gallery | serve | plan | rewards | recipes | doctor`.
 
 Imports stay inside the commands, so that `flowrl --help` answers at once. Bad input ends with one line on stderr and exit code 2.
 """
@@ -107,6 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="key=value",
         help="options that differ, like max_steps=20 objective.epsilon=1e-5",
+    )
+
+    teach = command("train-reward", run_train_reward, "train a reward model by a recipe", description=train_reward_help())
+    teach.add_argument("recipe", help="a reward recipe that ships (see `flowrl recipes`) or a YAML file")
+    teach.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options that differ, like max_steps=100 task.head=linear"
     )
 
     plan = command("plan", run_plan, "show a recipe's arithmetic without loading any weight")
@@ -242,18 +248,27 @@ def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str |
 
 def train_help() -> str:
     """Every option of a recipe, with its default, from the recipe itself."""
+    from flowrl.config import Recipe, recipe_names
+
+    start = "Train a model by a recipe. Any option can be overridden: flowrl train quickstart max_steps=20 objective.epsilon=1e-5"
+    return options_help(start, recipe_names(), Recipe)
+
+
+def train_reward_help() -> str:
+    from flowrl.config import recipe_names
+    from flowrl.train.rewards.recipe import RECIPES, RewardRecipe
+
+    start = "Train a reward model by a recipe. Its folder is a reward: flowrl train quickstart rewards.runs/tiny_preference=1"
+    return options_help(start, recipe_names(RECIPES), RewardRecipe)
+
+
+def options_help(start: str, recipes: list[str], cls: Any) -> str:
     import dataclasses
     import textwrap
 
-    from flowrl.config import Recipe, recipe_names
-
-    lines = [
-        "Train a model by a recipe. Any option can be overridden: flowrl train quickstart max_steps=20 objective.epsilon=1e-5",
-        "",
-    ]
-    lines += [f"recipes: {', '.join(recipe_names())}", "", "options:"]
-    for field in dataclasses.fields(Recipe):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc, operator]
+    lines = [start, "", f"recipes: {', '.join(recipes)}", "", "options:"]
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
         text = f"{field.metadata['help']} [{default}]"
         lines += textwrap.wrap(text, 118, initial_indent=f"  {field.name:<28}", subsequent_indent=" " * 30)
     return "\n".join(lines)
@@ -280,6 +295,20 @@ def run_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_train_reward(arguments: argparse.Namespace) -> int:
+    from flowrl.train.rewards.recipe import load_reward_recipe
+
+    recipe = load_reward_recipe(arguments.recipe, arguments.overrides)
+    quiet_libraries()
+    from flowrl.train.rewards.loop import RewardTrainer
+    from flowrl.train.trainer import set_threads
+
+    set_threads()
+    trainer = RewardTrainer(recipe)
+    trainer.train()
+    return 0 if trainer.finished else 130
+
+
 def run_plan(arguments: argparse.Namespace) -> int:
     from flowrl.config import Plan, load_recipe
 
@@ -297,10 +326,13 @@ def run_recipes(arguments: argparse.Namespace) -> int:
     from importlib.resources import files
 
     from flowrl.config import recipe_names
+    from flowrl.train.rewards.recipe import RECIPES
 
-    for name in recipe_names():
-        first = files("flowrl.train.recipes").joinpath(f"{name}.yaml").read_text().splitlines()[0]
-        print(f"{name:<24} {first.lstrip('# ')}")
+    for command, package in (("train", "flowrl.train.recipes"), ("train-reward", RECIPES)):
+        print(f"flowrl {command}")
+        for name in recipe_names(package):
+            first = files(package).joinpath(f"{name}.yaml").read_text().splitlines()[0]
+            print(f"  {name:<24} {first.lstrip('# ')}")
     return 0
 
 
