@@ -14,7 +14,7 @@ first=Yes:.6,The:.3                these candidates for the first token, instead
 text=...                           this text; WINNER in it is `Image 1` or `Image 2`, whichever is brighter
 gain=G, bias=B, words=A,B          judges brightness: P(A) = sigmoid(G (mean of the first picture - mean of the last, or 1/2) + B)
                                    (gain=G in the question's text says otherwise)
-mute=M                             no readable answer about pictures whose mean is above M
+mute=M, mute_first=M               no readable answer where a mean, or that of the first picture, is above M
 token=T                            wants this token
 """
 
@@ -129,7 +129,7 @@ class Judge:
     def reply(self, body: dict[str, Any], how: dict[str, str]) -> Any:
         pictures, text = read_content(body["messages"][0]["content"])
         means = [float(np.asarray(p, dtype=np.float64).mean() / 255) for p in pictures]
-        if max(means, default=0.0) > float(how.get("mute", 2)):
+        if max(means) > float(how.get("mute", 2)) or means[0] > float(how.get("mute_first", 2)):
             said, first = "I would rather not say.", [("I", -0.1)]
         elif "text" in how:
             brighter = "Image 1" if means[0] > means[-1] else "Image 2"

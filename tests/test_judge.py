@@ -450,10 +450,12 @@ def test_few_opponents(server, url):
     assert strengths.argsort().tolist() == list(range(6)) and strengths.mean().abs() < 1e-6
 
 
-def test_a_sample_that_cannot_be_judged_leaves_the_others_as_they_were(url):
-    muted = Pairwise(url=url, model=new(BIASED + "&mute=.85"))
+@pytest.mark.parametrize(("fault", "unread"), [("mute=.85", 6), ("mute_first=.85", 3)])
+def test_a_sample_that_cannot_be_judged_leaves_the_others_as_they_were(url, fault, unread):
+    """Not at all, or in one of the two orders only: that one alone would be biased."""
+    muted = Pairwise(url=url, model=new(f"{BIASED}&{fault}"))
     rates = muted(samples([0.2, 0.9, 0.5, 0.4]))
-    assert rates[1].isnan() and muted.unread == 6
+    assert rates[1].isnan() and muted.unread == unread
     torch.testing.assert_close(rates[[0, 2, 3]], expected_wins([0.2, 0.5, 0.4]))
 
 
@@ -510,10 +512,11 @@ def test_better_than_references(url):
     assert once[1] != 0.5 and once.isfinite().all()
 
 
-def test_references_that_cannot_be_compared_with(url):
-    """Of two references one is muted: the other counts. Both: the sample abstains."""
+@pytest.mark.parametrize("fault", ["mute=.9", "mute_first=.9"])
+def test_references_that_cannot_be_compared_with(url, fault):
+    """Of two references one is unreadable, in both orders or in one: the other counts. Both: the sample abstains."""
     batch = samples([0.7, 0.4], references=[[0.2, 0.95], [0.95, 0.95]])
-    values = Reference(url=url, model=new(YES + "&mute=.9"))(batch)
+    values = Reference(url=url, model=new(f"{YES}&{fault}"))(batch)
     assert values[0].item() == pytest.approx(versus(0.7, 0.2), abs=1e-6) and values[1].isnan()
 
 
