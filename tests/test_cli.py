@@ -391,7 +391,8 @@ def test_plan_and_recipes(capsys):
     assert main(["plan", "quickstart", "prompts_per_step=4", "num_generations=6"]) == 0
     assert "24 = 4 prompts x 6 generations" in capsys.readouterr().out
     assert main(["recipes"]) == 0
-    assert capsys.readouterr().out.startswith("quickstart ")
+    generators, rewards = capsys.readouterr().out.split("flowrl train-reward\n")
+    assert generators.startswith("flowrl train\n  quickstart ") and "  tiny-preference " in rewards
 
 
 def test_the_executable_is_where_the_tests_call_it():
