@@ -339,6 +339,7 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 def run_rewards(arguments: argparse.Namespace) -> int:
     import inspect
     import shlex
+    import textwrap
 
     quiet_libraries()
     from flowrl.reward_models import EMBEDDED, REWARDS
@@ -356,14 +357,38 @@ def run_rewards(arguments: argparse.Namespace) -> int:
     found, implied = find_reward(arguments.name)
     options = [] if not inspect.isclass(found) else list(inspect.signature(found).parameters.values())
     print(f"{arguments.name}\n\n{inspect.cleandoc(found.__doc__ or '')}\n")
+    said = option_comments(found)
     for option in options:
         default = implied.get(option.name, option.default)
-        shown = "required" if default is inspect.Parameter.empty else repr(default)
-        print(f"  {option.name:<20} {shown}")
+        shown = "required" if default is option.empty else "" if "factory" in repr(default) else repr(default)
+        text = f"{shown:<12} {said.get(option.name, '')}".rstrip()
+        print("\n".join(textwrap.wrap(text, 118, initial_indent=f"  {option.name:<20} ", subsequent_indent=" " * 36)))
     needed = [f"{option.name}: ..." for option in options if option.default is option.empty and option.name not in implied]
     value = "{" + ", ".join(["weight: 1", *needed]) + "}" if needed else "1"
     print(f"\n  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
     return 0
+
+
+def option_comments(of: Any) -> dict[str, str]:
+    """What the `#:` comments above, or behind, the fields of a dataclass and its bases say, by field."""
+    import dataclasses
+    import inspect
+    import re
+
+    comments: dict[str, str] = {}
+    for cls in reversed(of.__mro__) if dataclasses.is_dataclass(of) else []:
+        if cls.__module__ == "builtins":
+            continue
+        above: list[str] = []
+        for line in inspect.getsource(cls).splitlines():
+            if line.strip().startswith("#:"):
+                above.append(line.strip()[2:].strip())
+            elif field := re.match(r"    (\w+): .*?(?:  #: (.*))?$", line):
+                comments[field[1]] = " ".join([*above, field[2] or ""]).strip()
+                above = []
+            elif line.strip():
+                above = []
+    return comments
 
 
 def run_sample(arguments: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     # -- judges
     "judge": (f"{_HERE}.judge:YesNo", {}),
     "pairwise": (f"{_HERE}.judge:Pairwise", {}),
+    "pairwise_rubric": (f"{_HERE}.judge:PairwiseRubric", {}),
     "reference_judge": (f"{_HERE}.judge:Reference", {}),
     "rubric": (f"{_HERE}.judge:Rubric", {}),
     "win_rate": (f"{_HERE}.win_rate:WinRate", {}),

@@ -3,7 +3,7 @@
     post_json("http://127.0.0.1:8000/score", {"prompts": [...]}, headers=bearer("REWARD_TOKEN"), timeout=60, retries=4)
 
 Tried again, after a wait that doubles: refused and broken connections, timeouts, answers that are cut off or not JSON, and the
-statuses 408, 425, 429 and 5xx (a 500 may be the scorer's own fault, but also its memory's: the message is shown either way).
+statuses 408, 409, 425, 429 and 5xx (a 500 may be the scorer's own fault, but also its memory's: the message is shown either way).
 Not tried again: other statuses, redirects, and what is wrong here (address, token, certificate).
 """
 
@@ -28,7 +28,7 @@ from flowrl.reward_models.base import RewardError
 #: Longest wait between two attempts, in seconds.
 LONGEST_WAIT = 30.0
 #: Statuses beside 5xx that may be gone next time.
-PASSING = (408, 425, 429)
+PASSING = (408, 409, 425, 429)
 #: Waits are jittered by a generator of their own: a run's random numbers do not depend on its network.
 _jitter = random.Random()
 _log = logging.getLogger(__name__)
@@ -143,10 +143,16 @@ def _retried(
             if not error.passing or attempt == retries:
                 times = f" after {attempt + 1} attempts in {time.monotonic() - start:.1f} s" if attempt else ""
                 fix = f"; {error.fix}" if error.fix else ""
-                raise HttpError(f"{url} failed{times}: {error}{fix}", error.status) from error.__cause__
-            _log.warning("flowrl: %s: %s; trying again (%d of %d)", url, error, attempt + 1, retries)
+                raise HttpError(f"{url} failed{times}: {_hidden(error, headers)}{fix}", error.status) from error.__cause__
+            _log.warning("flowrl: %s: %s; trying again (%d of %d)", url, _hidden(error, headers), attempt + 1, retries)
             pause(attempt, backoff, error.wait)
     raise AssertionError("the loop returns or raises")
+
+
+def _hidden(error: Exception, headers: dict[str, str]) -> str:
+    """What happened, without the token: some servers repeat it in their refusal."""
+    token = headers.get("Authorization", "").removeprefix("Bearer ").strip()
+    return str(error).replace(token, "(token)") if token else str(error)
 
 
 def _once(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float, limit: int) -> Any:

@@ -27,7 +27,7 @@ from flowrl.cli import main
 from flowrl.data import load_prompts
 from flowrl.reward_models import RewardError, load_reward
 from flowrl.reward_models.base import traits_of
-from flowrl.reward_models.http import HttpError, get_json, post_json
+from flowrl.reward_models.http import HttpError, bearer, get_json, post_json
 from flowrl.reward_models.remote import Remote
 from flowrl.serve import Arrives
 from tests.runs import finish, start
@@ -749,3 +749,28 @@ def test_serve_refuses_with_one_line(capsys, argv, message):
 def test_a_port_that_is_taken(capsys, server):
     assert main(["serve", "brightness", "--port", server.url.rpartition(":")[2]]) == 2
     assert "cannot listen" in capsys.readouterr().err
+
+
+def test_a_server_that_repeats_the_token_does_not_get_it_printed(monkeypatch, caplog):
+    """Some answer a bad request with its headers. Answered by a real server; 503 is tried again, and logged."""
+    import http.server
+
+    class Echo(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            said = f"not {self.headers['Authorization']}".encode()
+            self.send_response(503)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("SECRET_TOKEN", "correct-horse")
+    with http.server.HTTPServer(("127.0.0.1", 0), Echo) as echo:
+        threading.Thread(target=echo.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{echo.server_port}/score"
+        with pytest.raises(HttpError, match=r"it answers 503: not Bearer \(token\)") as error:
+            post_json(address, {}, headers=bearer("SECRET_TOKEN"), retries=1, backoff=0.01)
+        echo.shutdown()
+    assert "correct-horse" not in str(error.value) + caplog.text and "(token)" in caplog.text
