@@ -143,7 +143,7 @@ def drawn(specs: Sequence[Spec], each: int, seed: int, steps: int = 10) -> tuple
         for start in tqdm(range(0, len(seeds), 64), desc="drawing", unit="batch", leave=False):
             part = slice(start, start + 64)
             parts.append(evaluate.sample(pipe, prompts[part], seeds[part], num_inference_steps=steps).mul(255).round().byte())
-        images = torch.cat(parts).unflatten(0, (len(specs), each))
+        images = torch.cat(parts).unflatten(0, (len(specs), each)).contiguous()
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
         save_file({"images": images}, unfinished)
@@ -206,19 +206,19 @@ class Choices:
 
 
 def human_choices(
-    name: str, pictures: int, pairs: int, seed: int, human: Human | None = None, limit: int | None = None, drawing: int = 0
+    name: str, pictures: int, pairs: int, seed: int, human: Human | None = None, limit: int | None = None, steps: int = 10
 ) -> Choices:
     """Choices of a `Human` between pictures that the embedded generator drew for the captions of a split.
 
-    pictures: drawn for each caption, with noise of the seed `drawing`. pairs: compared of each caption, at random; seed:
-    of pairs and choices. limit: captions, evenly of the split.
+    pictures: drawn for each caption, the same for every seed, by `steps` ODE steps. pairs: compared of each caption, at random;
+    seed: of pairs and choices. limit: captions, evenly of the split.
     """
     import torch
 
     human = human or Human()
     specs = split(name)
     specs = [specs[i * len(specs) // limit] for i in range(limit)] if limit else specs
-    images, strict, dense = drawn(specs, pictures, drawing)
+    images, strict, dense = drawn(specs, pictures, 0, steps)
     rng = np.random.default_rng([seed, 2])
     everything = list(combinations(range(pictures), 2))
     chosen = []
