@@ -3,7 +3,7 @@
     r    = 0.7 h(global) + 0.3 mean_patches h(patch)                       h: a small head on frozen features of unit length
     L_h  = 1/2 E relu(1 - h(real)) + 1/2 E relu(1 + h(fake))               on the global feature, plus 0.3 of the same on patches
 
-A proxy that is fixed can be exploited; this one answers. Unlike the published code, the head is trained on the unit features that it
+A fixed proxy can be exploited; this one answers. Unlike the published code, the head is trained on the unit features that it
 scores, its gradients are averaged over processes, and it pauses where it is winning.
 """
 
