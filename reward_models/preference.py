@@ -97,10 +97,18 @@ class ClipScore(EmbeddingReward):
     """cos(picture, prompt): CLIPScore (arXiv 2104.08718) without its factor and its floor. Usually 0.15 to 0.4 with CLIP.
 
     model: folder or hub id of a CLIP, SigLIP or other dual encoder of transformers. resize: None does as its processor; CLIP's
-    crops the centre, so that the sides of a wide picture are not seen. frames: how a clip's frames count (`over_frames`).
+    crops the centre, so that the sides of a wide picture are not seen. frames: how a clip's frames count (`over_frames`). folder:
+    an encoder that `flowrl train-reward` made, in place of model.
     """
 
-    def __init__(self, model: str | Path = CLIP.model, resize: Resize | None = None, frames: Frames = "mean"):
+    def __init__(
+        self,
+        model: str | Path = CLIP.model,
+        resize: Resize | None = None,
+        frames: Frames = "mean",
+        folder: str | Path | None = None,
+    ):
+        model = folder or model
         traits = Traits(range=(-1.0, 1.0), differentiable=True, licence=CLIP.licence_of(model))
         super().__init__("clip_score", ClipBackbone.load(model, resize), frames, traits)
 
