@@ -364,7 +364,6 @@ def _short(value: float | None) -> str:
 
 CARD = """---
 library_name: flowrl
-license: apache-2.0
 tags: [flowrl, reward-model]
 ---
 
