@@ -129,7 +129,7 @@ class Preference:
     def loss_of(self, scores: Tensor, examples: Sequence[Example]) -> Tensor:
         """One value per example. scores: (B, n) or (B, n, 2), as `scores_of` gives them."""
         if self.lists:
-            ranks = padded([torch.tensor(e.ranks, dtype=torch.float32) for e in examples if isinstance(e, RankedList)], torch.nan).to(scores.device)
+            ranks = ranks_of(examples).to(scores.device)
             return (losses.ranked_pairs if self.objective == "ranked_pairs" else losses.plackett_luce)(scores, ranks)
         label = torch.tensor([e.label for e in examples if isinstance(e, PreferencePair)], device=scores.device)
         if self.objective == "gaussian":
@@ -182,7 +182,7 @@ class Preference:
         if (label == 0.5).any() or self.objective == "ties":
             result["ties"] = float((label == 0.5).float().mean())
         if self.lists:
-            ranks = padded([torch.tensor(e.ranks, dtype=torch.float32) for e in self.test_set if isinstance(e, RankedList)], torch.nan)
+            ranks = ranks_of(self.test_set)
             result["rank_correlation"] = losses.rank_correlation(means, -ranks)
         elif self.objective != "triplet":
             result["calibration_error"] = losses.calibration_error(self._probability(scores, d), label)
@@ -258,6 +258,11 @@ def pictures_of(example: Example) -> tuple[Any, ...]:
 def padded(rows: Sequence[Tensor], fill: float) -> Tensor:
     """Rows (n_i, ...) of different lengths as one tensor (B, max n, ...)."""
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
+
+
+def ranks_of(examples: Sequence[Example]) -> Tensor:
+    """(L, n) fp32, NaN where a list is shorter."""
+    return padded([torch.tensor(e.ranks, dtype=torch.float32) for e in examples if isinstance(e, RankedList)], torch.nan)
 
 
 def differences(scores: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
