@@ -118,6 +118,9 @@ class Recipe:
         "Count an imagined sample with the best possible reward in each group's statistics (NGRPO): groups that are all "
         "wrong then push away from what they did. For rewards with a known maximum.",
     )
+    confidence: str | None = option(
+        None, "Reward, of the kind `uncertain`, whose confidence in each sample weighs that sample's advantage (Ctrl-U)."
+    )
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "normalize_then_sum", "Several rewards: sum and normalise, or normalise each and sum (GDPO)."
     )

@@ -121,6 +121,22 @@ def test_virtual_best_wants_a_maximum(recipe, tmp_path):
     assert rows[0]["grad_norm"] > 0
 
 
+def test_confidence_weighs_advantages(recipe, tmp_path, monkeypatch):
+    """Without doubt anywhere all weights are 1; a sample that is doubted weighs less."""
+    uncertain = load_reward("uncertain", of="brightness", views=3)
+    run = trainer(recipe, tmp_path / "a", "confidence=u", rewards={"u": uncertain})
+    seen = []
+    update = run.update
+    monkeypatch.setattr(run, "update", lambda batches, advantage: (seen.append(advantage), update(batches, advantage))[1])
+    run.step()
+    monkeypatch.setattr(uncertain, "confidence", lambda samples: torch.tensor([0.0, 1.0, 2.0, 1.0]))
+    run.step()
+    first, second = (advantage.abs().tolist() for advantage in seen)
+    assert sum(first) > 0 and second[0] == 0 and second[2] == pytest.approx(2 * second[3], rel=1e-4)  # of one group of two
+    with pytest.raises(ConfigError, match=r"confidence=b: no reward of this run that knows its doubt; those that do: u"):
+        trainer(recipe, tmp_path / "b", "confidence=b", rewards={"u": uncertain, "b": load_reward("brightness")})
+
+
 def test_evaluations_show_groups_whole():
     """Batches of three cut through groups of two; a reward that compares them still sees two."""
 

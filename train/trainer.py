@@ -64,6 +64,12 @@ class Trainer:
         self.rewards, self.weights = _rewards(rewards if rewards is not None else recipe.rewards, recipe)
         self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards")[0]}
         self.references = _references(recipe, {**self.rewards, **self.eval_rewards})
+        if recipe.confidence is not None and not hasattr(self.rewards.get(recipe.confidence), "confidence"):
+            doubters = [label for label, reward in self.rewards.items() if hasattr(reward, "confidence")]
+            raise ConfigError(
+                f"confidence={recipe.confidence}: no reward of this run that knows its doubt; "
+                f"those that do: {', '.join(doubters) or 'none (uncertain is one)'}"
+            )
         self.best = _best(self.rewards, self.weights, recipe) if recipe.virtual_best else None
         if recipe.prompts_per_step > len(self.prompts):
             raise ConfigError(
@@ -195,7 +201,7 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One training step: sample, score, update. Returns its metrics."""
-        clock = _Clock()
+        recipe, clock = self.recipe, _Clock()
         batches = []
         with Scoring(self.rewards) as scoring:
             for batch in self.rollout(self.progress.step):
@@ -210,11 +216,14 @@ class Trainer:
             scores = scoring.finish(samples)
         clock.lap("score_time")
         advantage, metrics = self.advantages(scores, samples.group)
+        if recipe.confidence is not None:
+            doubter: Any = self.rewards[recipe.confidence]
+            advantage = advantage * doubter.confidence(samples).cpu()
         for label, reward in self.learning.items():
             learnt = reward.update(samples, partial(self.accelerator.reduce, reduction="mean"))
             metrics.update({f"rewards/{label}/{name}": value for name, value in learnt.items()})
             clock.lap("learn_time")
-        if self.progress.updates == 0 and self.recipe.checks:
+        if self.progress.updates == 0 and recipe.checks:
             watch.preflight(self, batches, scores)
         metrics.update(self.update(batches, advantage))
         clock.lap("update_time")
