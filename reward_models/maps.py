@@ -2,7 +2,7 @@
 
     M = 1/2;   inside box b of score s_b in [-1, 1]:  M <- max(M, (s_b + 1) / 2);   M <- M (g + 1) / 2,   g in [-1, 1]
 
-That is the published rule ("max"). It hides every bad object: (s + 1) / 2 < 1/2 never counts against the 1/2 below it. By the rule
+That is the published rule ("max"). It hides bad objects: (s + 1) / 2 < 1/2 never counts against the 1/2 below it. By the rule
 "min" the lowest score of the boxes over a place decides, and 1/2 holds where there is no box.
 """
 
