@@ -116,10 +116,13 @@ class Adversarial:
             fake = self.tokens(images, samples.seeds)
             real = self.tokens(*self._positives(samples))
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.updates, samples.seeds[0]))
-        rows = torch.randint(len(self.memory), (len(fake),), generator=generator) if len(self.memory) else []
-        fakes = [fake, self.memory[rows].to(fake)] if len(self.memory) else [fake]
+        fakes = [fake]
+        if len(self.memory):
+            rows = torch.randint(len(self.memory), (len(fake),), generator=generator)
+            fakes.append(self.memory[rows].to(fake))
         parameters = list(self.head.parameters())
-        taken, before, loss = 0, {}, torch.zeros(())
+        taken, loss = 0, torch.zeros(())
+        before: dict[str, float] = {}
         while taken < self.steps:
             judged = self._judged(real, fake, reduce)
             before = before or judged

@@ -43,6 +43,8 @@ class VisionBackbone(nn.Module):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.grid = (self.size[0] // model.config.patch_size, self.size[1] // model.config.patch_size)
         self.dim = int(model.config.hidden_size)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

@@ -178,7 +178,7 @@ class TokenTransport:
         if not 0 < mass <= 1 or (published and mass == 1) or eta < 0 or epsilon <= 0:
             raise ValueError(f"token_transport: mass={mass} lies in (0, 1], eta={eta} >= 0, epsilon={epsilon} > 0")
         self.backbone = load_backbone(backbone)
-        self.options = {"mass": mass, "eta": eta, "epsilon": epsilon, "published": published}
+        self.options: dict[str, Any] = {"mass": mass, "eta": eta, "epsilon": epsilon, "published": published}
         self.name, self.frames = "token_transport", check_frames(frames)
         self.traits = Traits(range=(-1, 1), differentiable=True, licence="see the card of its encoder")
 

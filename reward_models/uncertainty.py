@@ -87,11 +87,15 @@ class Uncertain:
             raise ValueError(f"uncertain: kind={kind!r}: choose augment, members, sigma or pairs")
         if views < 2 or not math.isfinite(kappa) or (tau is not None and not tau > 0):
             raise ValueError(f"uncertain: views={views} must be at least 2, kappa={kappa} finite and tau={tau} positive")
-        self.of: Any = [reward for reward, _ in load_rewards(of).values()] if kind == "members" else load_reward(of)
-        if kind == "members" and len(self.of) < 2:
-            raise ValueError("uncertain: kind=members wants several rewards in `of`")
-        if kind == "sigma" and not hasattr(self.of, "distribution"):
-            raise ValueError(f"uncertain: reward {self.of.name!r} does not say how sure it is; use kind=augment")
+        self.of: Any
+        if kind == "members":
+            self.of = [reward for reward, _ in load_rewards(of).values()]
+            if len(self.of) < 2:
+                raise ValueError("uncertain: kind=members wants several rewards in `of`")
+        else:
+            self.of = load_reward(of)
+            if kind == "sigma" and not hasattr(self.of, "distribution"):
+                raise ValueError(f"uncertain: reward {self.of.name!r} does not say how sure it is; use kind=augment")
         self.kind, self.views, self.kappa, self.tau = kind, views, kappa, tau
         self.name = "uncertain"
         self.traits = self._traits()
