@@ -195,6 +195,7 @@ def test_batches_are_permutations_without_a_state():
         (["task.objective=triplet", "task.head=linear"], "it wants head=cos"),
         (["task.tie_factor=1"], "tie_factor=1.0: must exceed 1"),
         (["task.freeze=2"], "task.freeze=2.0: a share"),
+        (["task.interpolation=0"], "task.interpolation=0.0: a part above 0"),
         (["task.data=nowhere.jsonl"], "task.data: no preference data at nowhere.jsonl"),
         (["task.backbone=nowhere"], "task.backbone: no .* at nowhere"),
         (["resume_from_checkpoint=latest"], "no checkpoint in"),
@@ -282,6 +283,22 @@ def test_a_gaussian_head_doubts_what_labels_disagree_on(tmp_path, data):
     sure, both = (float(reward(plain(RED, prompt)) - reward(plain(BLUE, prompt))) for prompt in ("sure 0", "open 1"))
     assert sure > 2 > abs(both), (sure, both)
     assert (reward.distribution(plain(RED))[:, 1] > 0).all() and run.scores["calibration_error"] < 0.2
+
+
+def test_weights_between_the_first_and_the_trained_ones(data, tmp_path):
+    """interpolation=0.25 saves first + (average - first) / 4, and training goes on from the trained ones."""
+    run = trainer(data, tmp_path / "run", "task.interpolation=0.25", "eval_steps=1")
+    folder = run.train()
+    first = load_file(data / "encoder" / "model.safetensors")
+    saved, averages = load_file(folder / "model.safetensors"), load_file(folder / "checkpoint-4" / STATE / "averages.safetensors")
+    for name, value in saved.items():
+        key = f"backbone.model.{name}"
+        if key in averages:
+            between = first[name].float() + (averages[key] - first[name].float()) / 4
+            assert torch.allclose(value.float(), between, atol=2e-3), name
+    whole = trainer(data, tmp_path / "whole", "eval_steps=1")
+    whole.train()
+    assert all(torch.equal(averages[key], value) for key, value in whole.averages.items())
 
 
 def test_pickscore_weights(data, tmp_path):

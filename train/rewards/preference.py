@@ -7,7 +7,8 @@ over lists, and from implicit feedback (Social Reward). The losses are in `losse
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,9 @@ class Preference:
     head: Head = "cos"  #: cos, linear, or gaussian: a mean with a standard deviation.
     hidden: int = 256  #: Width of the latter two.
     freeze: float = 0.0  #: Share of the layers of both towers, from below, that stay as they are.
+    #: Part of the way from the encoder's first weights to the trained ones that is evaluated and saved (WiSE-FT, 2109.01903):
+    #: below 1, what it knew before, of prompts that the data lacks, is not lost.
+    interpolation: float = 1.0
 
     #: bradley_terry takes soft labels; ties is Bradley-Terry with ties; triplet wants cos; a gaussian head has its own loss.
     objective: Literal["bradley_terry", "ties", "triplet", "ranked_pairs", "plackett_luce", "gaussian"] = "bradley_terry"
@@ -49,8 +53,8 @@ class Preference:
     tie_factor: float = 5.0  #: k of `ties`: the larger, the likelier is a tie.
     variance: Literal["expected", "expansion", "marginal"] = "expected"  #: How the gaussian loss counts variance.
 
-    tiny_pictures: int = 4  #: Pictures for each training caption of `tiny`.
-    tiny_pairs: int = 5  #: Pairs compared of each caption.
+    tiny_pictures: int = 8  #: Pictures for each training caption of `tiny`.
+    tiny_pairs: int = 12  #: Pairs compared of each caption.
     tiny_captions: int | None = None  #: Captions, all by default.
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class Preference:
             raise ConfigError(f"task: objective=triplet compares cosines: it wants head=cos, not {self.head}")
         if not 0 <= self.freeze <= 1:
             raise ConfigError(f"task.freeze={self.freeze}: a share from 0 to 1")
+        if not 0 < self.interpolation <= 1:
+            raise ConfigError(f"task.interpolation={self.interpolation}: a part above 0, up to 1")
         if not 0 < self.eval_share < 1:
             raise ConfigError(f"task.eval_share={self.eval_share}: a share between 0 and 1")
         if not self.tie_factor > 1:
@@ -86,6 +92,7 @@ class Preference:
             raise ConfigError(f"task.data: {error}") from None
         self.network = PreferenceNetwork(backbone, self.head, self.hidden).to(device).requires_grad_(True)
         freeze(backbone.model, self.freeze)
+        self.first = [p.detach().clone() for p in backbone.parameters()] if self.interpolation < 1 else []
         return self.network
 
     def _tiny(self) -> tuple[list[Example], list[Example]]:
@@ -169,7 +176,26 @@ class Preference:
 
     # -- held out
 
+    @contextmanager
+    def interpolated(self) -> Iterator[None]:
+        """Within, the encoder's weights lie between the first and the trained ones."""
+        weights = list(self.network.backbone.parameters())[: len(self.first)]
+        trained = [p.detach().clone() for p in weights]
+        with torch.no_grad():
+            for p, first in zip(weights, self.first, strict=True):
+                p.copy_(first.to(p.device).lerp(p, self.interpolation))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, before in zip(weights, trained, strict=True):
+                    p.copy_(before)
+
     def evaluate(self) -> dict[str, float]:
+        with self.interpolated():
+            return self.measure()
+
+    def measure(self) -> dict[str, float]:
         """accuracy: of decided pairs. accuracy_with_ties: of all, with the best tie threshold. calibration_error: of the
         probability that the first is preferred. rank_correlation: within lists. Of `tiny` also how often, and how well, the
         model agrees with the exact verifier."""
@@ -218,7 +244,8 @@ class Preference:
         facts: dict[str, Any] = {"objective": self.objective}
         if self.objective == "ties":
             facts["tie_factor"] = self.tie_factor
-        self.network.save(folder, **facts)
+        with self.interpolated():
+            self.network.save(folder, **facts)
 
     def describe(self) -> str:
         kinds = {
