@@ -268,7 +268,7 @@ def options_help(start: str, recipes: list[str], cls: Any) -> str:
 
     lines = [start, "", f"recipes: {', '.join(recipes)}", "", "options:"]
     for field in dataclasses.fields(cls):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc, operator]
         text = f"{field.metadata['help']} [{default}]"
         lines += textwrap.wrap(text, 118, initial_indent=f"  {field.name:<28}", subsequent_indent=" " * 30)
     return "\n".join(lines)

@@ -102,9 +102,10 @@ def load_picture(source: Source) -> Tensor:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             pixels = np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
+        where = str(source) if isinstance(source, Path) else "a row of the data"
         if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"there is no picture {source}") from None
-        raise ValueError(f"{source if isinstance(source, Path) else 'a row of the data'} is no picture: {error}") from None
+            raise FileNotFoundError(f"there is no picture {where}") from None
+        raise ValueError(f"{where} is no picture: {error}") from None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
