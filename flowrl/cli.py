@@ -351,7 +351,7 @@ def run_rewards(arguments: argparse.Namespace) -> int:
         print("\ntrained on the embedded world, ready to use:")
         for name in EMBEDDED:
             card = embedded_folder(name) / "README.md"
-            lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+            lines = card.read_text(encoding="utf-8").split("---\n", 2)[-1].splitlines() if card.is_file() else []
             print(f"{name:<20} {next((line for line in lines if line and not line.startswith(('#', '-', '`'))), '')}")
         return 0
     found, implied = find_reward(arguments.name)

@@ -151,9 +151,10 @@ class Contrastive:
 
 
 DESCRIPTION = """\
-A CLIP for the embedded world (64 x 64 pictures of coloured shapes, patches of 8): the cosine of a picture and a caption. A
-`transformers.CLIPModel` of {layers} layers of {width} that see and {text_layers} of {text_width} that read, with {dim} shared
-dimensions.
+A CLIP for the embedded world: the cosine of a picture of coloured shapes and a caption.
+
+A `transformers.CLIPModel` for 64 x 64 pixels in patches of 8: {layers} layers of {width} that see and {text_layers} of
+{text_width} that read, with {dim} shared dimensions.
 
 Data: scenes drawn by `flowrl.tiny.render`, anew at every step, for training captions and captions one word away from them; none
 is a caption of `split("test")`. Held out are those: `accuracy` is how often the right caption beats one that differs in one word
