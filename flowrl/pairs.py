@@ -75,9 +75,9 @@ class RankedList:
         return [PreferencePair(self.prompt, self.pictures[i], self.pictures[j], label, weight) for i, j, label in found]
 
 
-def load_lists(source: str | Path, reward: str | None = None) -> list[RankedList]:
+def load_lists(source: str | Path, reward: str | None = None, gap: float = 0.0) -> list[RankedList]:
     """Ranked lists from a file or folder; pairs become lists of two. Arguments and errors as in `load_pairs`."""
-    return [item if isinstance(item, RankedList) else item.as_list for item in _read(Path(source), reward)]
+    return [item if isinstance(item, RankedList) else item.as_list for item in _read(Path(source), reward, gap)]
 
 
 def load_pairs(source: str | Path, reward: str | None = None, gap: float = 0.0) -> list[PreferencePair]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from flowrl.batch import Prompt, Samples
 from flowrl.config import ConfigError
 from flowrl.pairs import PreferencePair, RankedList
-from flowrl.record import STATE, checkpoints, read_metrics
+from flowrl.record import STATE, checkpoints, read_metrics, trained_parts
 from flowrl.reward_models import load_reward
 from flowrl.tiny.pairs import word_tests
 from flowrl.train.rewards import TASKS
@@ -93,6 +93,8 @@ def test_a_preference_is_learnt_kept_and_used(data, tmp_path, capsys):
     row = next(line for line in card.splitlines() if line.startswith("| accuracy "))
     assert row.strip() in out and row.endswith("  0.000 |  1.000 |") and "40 steps of 8 examples" in card
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.glob("*.safetensors"))
+    with pytest.raises(ConfigError, match="is a run of train-reward: a reward, "):
+        trained_parts(folder)
 
 
 def state(folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -111,10 +111,7 @@ class Preference:
 
     def _read(self) -> tuple[list[Example], list[Example]]:
         def read(source: str) -> list[Example]:
-            found: Sequence[Example] = (
-                load_lists(source, self.reward) if self.lists else load_pairs(source, self.reward, self.gap)
-            )
-            return list(found)
+            return list((load_lists if self.lists else load_pairs)(source, self.reward, self.gap))
 
         everything = read(self.data)
         if self.eval_data:
