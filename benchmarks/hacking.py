@@ -60,6 +60,7 @@ MEASURES = {
     "tiny_strict": "accuracy",
     "tiny_dense": "partial credit",
 }
+WATCHED = ("tiny_preference", "tiny_clean", "tiny_strict")  #: During training, for the curves.
 PROTOCOL = Protocol("tiny-test", 20, 1.0, seeds=4)
 
 
@@ -68,7 +69,7 @@ def train(arm: str, seed: int, out: Path, overrides: list[str]) -> Path:
     folder = out / f"{arm}-{seed}"
     recipe = load_recipe("quickstart", ["objective.beta=0", *overrides, f"seed={seed}", f"output_dir={folder}"])
     recipe.rewards = ARMS[arm][1]
-    recipe.eval_rewards = {name: 1.0 for name in MEASURES if name not in recipe.rewards}
+    recipe.eval_rewards = {name: 1.0 for name in WATCHED if name not in recipe.rewards}
     if arm == "par":
         recipe.references = {"name": "base", "count": 2}
     if checkpoints(folder):
@@ -130,9 +131,8 @@ def draw_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [name for name in MEASURES if name not in ("tiny_dense", "tiny_artifact")]
-    figure, panels = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.2), dpi=130)
-    for name, axes in zip(shown, panels, strict=True):
+    figure, panels = plt.subplots(1, len(WATCHED), figsize=(3.8 * len(WATCHED), 3.4), dpi=130)
+    for name, axes in zip(WATCHED, panels, strict=True):
         for k, (arm, several) in enumerate(runs.items()):
             for j, metrics in enumerate(several):
                 points = [(row["step"], row[f"eval/{name}"]) for row in metrics if row.get(f"eval/{name}") is not None]
@@ -150,13 +150,15 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--no-report", action="store_true", help="only train")
     parser.add_argument("--out", type=Path, default=Path("runs/hacking"))
     arguments = parser.parse_args()
     quiet_libraries()
     for seed in [] if arguments.report else arguments.seeds:
         for arm in arguments.arms:
             train(arm, seed, arguments.out, arguments.overrides)
-    report(arguments.out, arguments.seeds)
+    if not arguments.no_report:
+        report(arguments.out, arguments.seeds)
 
 
 if __name__ == "__main__":
