@@ -1,8 +1,8 @@
 """Trains the artifact detector: binary, per-kind and per-patch cross-entropy of a light head on frozen features (2601.03468).
 
-The curated set is small and has hard negatives. Damaged scenes (`flowrl.tiny.corrupt`) against clean ones, half of both seen through
-the policy's own decoder; and samples of the policy, of few steps too, which the exact reader calls clean (they do what the prompt
-says) or damaged (they hold a component that is no shape). What it calls neither is left out, as annotators leave out doubtful ones.
+The curated set is small and has hard negatives. Damaged scenes (`flowrl.tiny.corrupt`) against clean ones, half of both seen
+through the policy's own decoder; and samples of the policy, of few steps too, which the exact reader calls clean (they do what
+the prompt says) or damaged (they hold a component that is no shape). What it calls neither is left out, as doubtful.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowrl.config import ConfigError
 from flowrl.policy import Policy
 from flowrl.reward_models.artifact import TINY_KINDS, ArtifactHead, encoder, features
 from flowrl.reward_models.base import embedded_folder
 from flowrl.tiny import detect_batch, random_spec, render, sample_scene, verify
 from flowrl.tiny.corrupt import KINDS, LABELS, corrupt
+from flowrl.train.rewards.loop import RewardRecipe, positions, seeds
 
 
 @dataclass
 class Curated:
-    """Labelled pictures. images: (N, 3, H, W); damaged: (N,) 0 or 1; kinds: (N, K) 0, 1 or NaN where nobody said; mask: (N, H, W);
-    source: per picture, the kind of damage, "clean", "sample" or "bad sample"."""
+    """Labelled pictures. images: (N, 3, H, W); damaged: (N,) 0 or 1; kinds: (N, K) 0, 1 or NaN where nobody said; mask: (N, H, W)
+    where; source: per picture, the kind of damage, "clean", "sample" or "bad sample"."""
 
     images: Tensor
     damaged: Tensor
@@ -98,27 +100,26 @@ class Artifact:
     """Options of the task `artifact`."""
 
     backbone: str = "tiny_clip"  #: Frozen encoder: an embedded one, a folder or a hub id.
-    layers: list[int] = field(
-        default_factory=lambda: [0, 1, -1]
-    )  #: Whose patch features the head reads; 0 is the embedded patches.
+    #: Whose patch features the head reads: 0 is the embedded patches, -1 the last layer.
+    layers: list[int] = field(default_factory=lambda: [0, 2])
     hidden: int = 96  #: Width of the head.
     model: str = "tiny-sd3"  #: Policy whose decoder and samples the set holds.
-    scenes: int = 2400  #: Drawn scenes, half of them damaged.
-    generated: int = 800  #: Samples of the policy before the doubtful ones are left out: half of 10 steps, half of 4.
+    scenes: int = 6000  #: Drawn scenes, half of them damaged.
+    generated: int = 2400  #: Samples of the policy before the doubtful ones are left out: half of 10 steps, half of 4.
     held_out_kind: str = "tear"  #: A kind of damage that is never trained on, to be found all the same.
     held_out: int = 480  #: Drawn scenes of the test prompts to measure on, and half as many samples.
     map_weight: float = 1.0  #: Weight of the per-patch loss.
     kinds_weight: float = 0.3  #: Weight of the loss of the kinds.
 
-    def prepare(self, recipe: Any, device: torch.device) -> nn.Module:
+    def prepare(self, recipe: RewardRecipe, device: torch.device) -> nn.Module:
         """Makes the set and its features, once, and the head."""
         if self.held_out_kind not in KINDS:
-            raise ValueError(f"held_out_kind={self.held_out_kind!r}: choose one of {', '.join(KINDS)}")
-        self.seed, self.batch_size, self.device = recipe.seed, recipe.batch_size, device
+            raise ConfigError(f"task.held_out_kind={self.held_out_kind!r}: choose one of {', '.join(KINDS)}")
+        self.recipe, self.device = recipe, device
         self.encoder = encoder(self.backbone).to(device)
         policy = Policy.load(self.model, device=device)
         trained = tuple(kind for kind in KINDS if kind != self.held_out_kind)
-        rng, rng_test = np.random.default_rng([self.seed, 0]), np.random.default_rng([self.seed, 1])
+        rng, rng_test = np.random.default_rng([recipe.seed, 0]), np.random.default_rng([recipe.seed, 1])
         self.train = scenes(self.scenes, trained, policy.pipe.vae, "train", rng)
         for steps in (10, 4):
             if self.generated:
@@ -130,7 +131,6 @@ class Artifact:
         self.states = self._states(self.train)
         self.test_states = {name: self._states(part) for name, part in self.tests.items()}
         self.cells = F.adaptive_avg_pool2d(self.train.mask[:, None].float(), self.encoder.grid)[:, 0].gt(0.05).float()
-        torch.manual_seed(self.seed)
         self.head = ArtifactHead(self.states.shape[-1], len(self.layers), self.encoder.grid, TINY_KINDS, self.hidden)
         return self.head.to(device)
 
@@ -141,12 +141,10 @@ class Artifact:
         return torch.cat([states.half().cpu() for states in made])
 
     def batch(self, step: int) -> Tensor:
-        """Rows of the set: half damaged, half clean, whatever their numbers are."""
-        rng = np.random.default_rng([self.seed, 2, step, _rank()])
-        damaged = self.train.damaged.numpy() == 1
-        half = self.batch_size // 2
-        rows = [rng.choice(np.flatnonzero(damaged), half), rng.choice(np.flatnonzero(~damaged), self.batch_size - half)]
-        return torch.from_numpy(np.concatenate(rows))
+        """Rows of the set: a damaged and a clean one in turn, whatever their numbers are."""
+        rows = [(self.train.damaged == label).nonzero()[:, 0] for label in (0, 1)]
+        chosen = zip(positions(self.recipe), seeds(self.recipe, step), strict=True)
+        return torch.stack([rows[place % 2][seed % len(rows[place % 2])] for place, seed in chosen])
 
     def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         states, damaged = self.states[batch].to(self.device), self.train.damaged[batch].to(self.device)
@@ -162,10 +160,8 @@ class Artifact:
         accuracy = ((whole > 0) == (damaged > 0.5)).float().mean()
         return total, {**{name: value.item() for name, value in parts.items()}, "accuracy": accuracy.item()}
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out AUC and accuracy at 0.5, on scenes and on samples; AUC of each kind of damage against clean; AUC of the map."""
-        self.head.eval()
+        """AUC and accuracy at 0.5, on scenes and on samples; AUC of the map, and of each kind of damage against clean."""
         result: dict[str, float] = {}
         for name, part in self.tests.items():
             whole, each, where = (x.cpu() for x in self.head(self.test_states[name].to(self.device)))
@@ -180,7 +176,6 @@ class Artifact:
                 for kind in KINDS:
                     rows = torch.tensor([source in (kind, "clean") for source in part.source])
                     result[f"scenes/{kind}/auc"] = auc(whole[rows], part.damaged[rows])
-        self.head.train()
         return result
 
     def save(self, folder: Path) -> None:
@@ -189,12 +184,20 @@ class Artifact:
         if not embedded_folder(backbone).is_dir() and Path(backbone).is_dir():
             self.encoder.save(folder)
             backbone = "."
-        held_out = {name: round(value, 4) for name, value in self.evaluate().items()}
-        counts = {name: self.train.source.count(name) for name in dict.fromkeys(self.train.source)}
-        self.head.save(folder, backbone, self.layers, held_out=held_out, set=counts, never_seen=self.held_out_kind)
+        self.head.save(folder, backbone, self.layers, never_seen=self.held_out_kind)
 
+    def describe(self) -> str:
+        sources = self.train.source
+        drawn = ", ".join(f"{sources.count(name)} {name}" for name in dict.fromkeys(sources) if "sample" not in name)
+        return f"""\
+Probability that a picture has no artifact, in [0, 1], without looking at the prompt: a head on the patch features of layers
+{self.layers} of the frozen encoder `{self.backbone}`. It also says where (`map`) and which of MagicMirror's kinds
+({", ".join(TINY_KINDS)}).
 
-def _rank() -> int:
-    import os
+Trained on {len(sources):,} pictures of training prompts. Drawn scenes, half of them seen through the decoder of `{self.model}`:
+{drawn}. Samples of `{self.model}` in 10 and in 4 steps: {sources.count("sample")} that do what the prompt says are clean,
+{sources.count("bad sample")} with a component that the exact reader calls no shape are damaged.
 
-    return int(os.environ.get("RANK", 0))
+Held out: {len(self.tests["scenes"].source)} drawn scenes (`scenes`; the kind `{self.held_out_kind}` was never trained on), and
+{len(self.tests["samples"].source)} samples of 20 steps (`samples`), none left out, against the exact reader; all of test
+prompts. AUC is the chance that a damaged picture scores below a clean one."""

@@ -1,0 +1,162 @@
+"""The artifact detector: what its head computes, gradients, folders, and that it learns to find damage it has labels for."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from flowrl.batch import Prompt, Samples
+from flowrl.config import ConfigError
+from flowrl.reward_models import load_reward
+from flowrl.reward_models.artifact import TINY_KINDS, ArtifactDetector, ArtifactHead, features
+from flowrl.reward_models.magic_mirror import Assessment, report
+from flowrl.tiny.corrupt import KINDS, LABELS
+from flowrl.train.rewards.artifact import Artifact, auc
+from flowrl.train.rewards.contrastive import tiny_clip
+from flowrl.train.rewards.loop import RewardTrainer, load_reward_recipe
+
+LAYERS = (0, -1)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return tiny_clip(width=32, layers=2, text_width=32, text_layers=1, dim=16)
+
+
+@pytest.fixture
+def folder(backbone, tmp_path):
+    torch.manual_seed(1)
+    head = ArtifactHead(64, 2, backbone.grid, TINY_KINDS, hidden=16)
+    head.save(tmp_path / "mine", ".", LAYERS)
+    backbone.save(tmp_path / "mine", dtype=torch.float32)
+    return tmp_path / "mine"
+
+
+def samples(images: torch.Tensor) -> Samples:
+    n = len(images)
+    return Samples([Prompt("a star")] * n, list(range(n)), torch.arange(n), torch.zeros(n, 1), images)
+
+
+def test_features_put_layers_side_by_side(backbone):
+    images = torch.rand(2, 3, 64, 64)
+    both = features(backbone, images, LAYERS)
+    assert both.shape == (2, 64, 64)
+    torch.testing.assert_close(both[..., :32], backbone.patches(images, 0))
+    torch.testing.assert_close(both[..., 32:], backbone.patches(images, -1))
+
+
+def test_a_patch_sees_its_neighbours_and_no_further():
+    torch.manual_seed(0)
+    head = ArtifactHead(8, 1, (5, 5), TINY_KINDS, hidden=8)
+    states = torch.randn(1, 25, 8)
+    moved = states.clone()
+    moved[0, 12] = torch.randn(8)  # the middle
+    changed = (head(moved)[2] - head(states)[2])[0].abs() > 1e-6
+    assert changed.nonzero().tolist() == [[i, j] for i in (1, 2, 3) for j in (1, 2, 3)]
+
+
+def test_scores_are_one_minus_the_probability_and_clips_take_their_worst_frame(folder):
+    reward = load_reward(folder)
+    images = torch.rand(6, 3, 64, 64)
+    clean = reward(samples(images))
+    torch.testing.assert_close(clean, 1 - reward.logits(images)[0].sigmoid())
+    assert reward.map(samples(images)).shape == (6, 8, 8)
+    clips = images.unflatten(0, (2, 3))
+    torch.testing.assert_close(reward(samples(clips)), clean.view(2, 3).amin(1))
+    assert reward.map(samples(clips)).shape == (2, 3, 8, 8)
+    kinds = reward.kinds(samples(clips))
+    assert list(kinds) == list(TINY_KINDS)
+    torch.testing.assert_close(kinds["object"], reward.kinds(samples(images))["object"].view(2, 3).amax(1))
+
+
+def test_gradients_reach_the_pixels_and_match_finite_differences(folder):
+    reward = load_reward(folder)
+    images = torch.rand(1, 3, 64, 64, requires_grad=True)
+    reward(samples(images)).sum().backward()
+    direction = images.grad.sign()
+    step = 3e-4
+    with torch.no_grad():
+        difference = reward(samples(images + step * direction)) - reward(samples(images - step * direction))
+    assert float(difference) / (2 * step) == pytest.approx(float(images.grad.abs().sum()), rel=0.05)
+
+
+def test_assessments_go_into_the_report(folder, monkeypatch):
+    reward = load_reward(folder)
+    logits = (
+        torch.tensor([-3.0, 3.0, 3.0]),
+        torch.tensor([[3.0, 3, 3, 3], [-1, 2, -1, 3], [-3, -2, -1, -4]]),
+        torch.zeros(3, 8, 8),
+    )
+    monkeypatch.setattr(reward, "logits", lambda images: logits)
+    found = reward.assess(samples(torch.rand(3, 3, 64, 64)))
+    # Clean whatever the kinds; all kinds above the threshold; or else the likeliest one.
+    assert found == [Assessment(), Assessment.of("interaction", "other"), Assessment.of("object")]
+    assert report(found).rates["artifact"] == pytest.approx(2 / 3)
+
+
+def test_wrong_folders_are_named(tmp_path, folder):
+    with pytest.raises(ValueError, match="holds no artifact detector"):
+        ArtifactDetector(tmp_path)
+    card = json.loads((folder / "reward.json").read_text())
+    (folder / "reward.json").write_text(json.dumps({**card, "hidden": 24}))
+    with pytest.raises(ValueError, match="holds no artifact detector"):
+        ArtifactDetector(folder)
+
+
+def test_auc_by_hand():
+    """Positives 3, 1; negatives 2, 1: wins 2 + half a win of 4."""
+    assert auc(torch.tensor([3.0, 1, 2, 1]), torch.tensor([1, 1, 0, 0])) == pytest.approx(2.5 / 4)
+
+
+def test_training_learns_and_the_folder_says_the_same(backbone, tmp_path):
+    backbone.save(tmp_path / "eyes")
+    task = {"name": "artifact", "backbone": str(tmp_path / "eyes"), "layers": [0], "hidden": 32, "scenes": 200, "generated": 16}
+    task |= {"held_out": 48}
+    recipe = load_reward_recipe(
+        {
+            "task": task,
+            "max_steps": 60,
+            "batch_size": 32,
+            "learning_rate": 3e-3,
+            "eval_steps": 0,
+            "checkpointing_steps": 0,
+            "report_to": "none",
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    trainer = RewardTrainer(recipe)
+    task = trainer.task
+    assert isinstance(task, Artifact)
+    sources = [task.train.source.count(kind) for kind in KINDS]
+    assert sources[KINDS.index("tear")] == 0 and min(n for i, n in enumerate(sources) if i != KINDS.index("tear")) >= 9
+    for i, name in enumerate(task.train.source):
+        if name in LABELS:
+            assert task.train.kinds[i].tolist() == [float(kind == LABELS[name][0]) for kind in TINY_KINDS]
+    assert {"clean", "tear"} < set(task.tests["scenes"].source)
+    before = task.loss(torch.arange(200))[1]
+    trainer.train()
+    with trainer.averaged():
+        after = task.loss(torch.arange(200))[1]
+    assert after["binary"] < before["binary"] - 0.03 and after["map"] < before["map"] - 0.2
+    reward = load_reward(tmp_path / "run")
+    images = task.train.images[:8]
+    with trainer.averaged(), torch.no_grad():
+        expected = task.head.eval()(task.states[:8])[0]
+    torch.testing.assert_close(reward(samples(images)), 1 - expected.sigmoid(), atol=0.02, rtol=0)
+    assert "never trained on" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_unknown_kinds_are_refused_before_anything_is_drawn(tmp_path):
+    recipe = load_reward_recipe({"task": {"name": "artifact", "held_out_kind": "rip"}, "output_dir": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match="held_out_kind='rip'"):
+        RewardTrainer(recipe)
+
+
+def test_cells_are_damaged_where_a_twentieth_is():
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :1, :4] = 1  # 4 of 64 pixels
+    mask[..., 0, 8:11] = 1  # 3 of 64
+    cells = F.adaptive_avg_pool2d(mask, (8, 8)).gt(0.05)
+    assert cells[0, 0, 0, :2].tolist() == [True, False]
