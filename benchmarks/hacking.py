@@ -1,117 +1,156 @@
 """The hacking study: what a generator learns from a preference model alone, and what holds it back.
 
-    python benchmarks/hacking.py                                     every arm, seeds 0 and 1; four minutes each on two cores
+    OMP_NUM_THREADS=2 python benchmarks/hacking.py                   every arm, seeds 0 and 1; some minutes each on two cores
     python benchmarks/hacking.py --arms preference gate --seeds 0    some of them
     python benchmarks/hacking.py --report                            tables and pictures of what is there
 
-Each arm is the quick start with other rewards (and without its pull towards the base model). What was not trained on is measured
-on 120 held-out prompts x 4 pictures: strict accuracy and the share of pictures with a component that is no shape, both by the
-exact reader, and a preference model of another seed. Runs are kept under --out and taken up where they stopped; results.json,
-hacking.png (pictures) and curves.png are written there.
+The strongest optimiser at hand, so that a weakness shows soon: the gradient of the reward itself. From a state on the way (10 ODE
+steps, one of the last five), one prediction of the picture is decoded and scored, and a LoRA climbs (ReFL, arXiv 2304.05977).
+What was not trained on is measured on 120 held-out prompts x 4 pictures: strict accuracy and the share of pictures in which
+every component is a shape, both by the exact reader, and a preference model of another seed. Finished runs stay under --out;
+results.json, hacking.png (pictures) and hacking-curves.png are written there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from flowrl.batch import Prompt, Samples
 from flowrl.cli import quiet_libraries
-from flowrl.config import load_recipe
-from flowrl.data import load_prompts
+from flowrl.data import load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Evaluation, Protocol, compare, evaluate, text_table
 from flowrl.pictures import Cell, contact_sheet
-from flowrl.record import checkpoints, load_trained, read_metrics
+from flowrl.policy import LORA_FILE, Policy
 from flowrl.reward_models import load_reward
-from flowrl.reward_models.base import to_pil
-from flowrl.train import Trainer
+from flowrl.reward_models.base import Reward, score, to_pil
+from flowrl.samplers.flow import x0_from
 
 MEMBERS = ["tiny_preference", "tiny_preference_1", "tiny_preference_2"]
-#: A preference in (0, 1), so that a gate may multiply it.
-BOUNDED = {"name": "tiny_preference", "shape": {"sigmoid": {"center": 0.0, "scale": 2.0}}}
-#: Arm -> what it says, and its rewards.
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "preference": ("preference alone", {"tiny_preference": 1.0}),
-    "ensemble": ("ensemble, minimum of 2", {"ensemble": {"of": MEMBERS[:2], "reduce": "min"}}),
-    "artifact": ("preference + artifact", {"tiny_preference": 1.0, "tiny_artifact": 1.0}),
-    "gate": ("preference x artifact", {"gate": {"of": BOUNDED, "by": "tiny_artifact"}}),
-    "win_rate": ("win rate of the preference", {"win_rate": {"of": "tiny_preference"}}),
-    "par": ("preference against base pictures", {"tiny_preference": {"weight": 1.0, "shape": {"par": {"k": 1.0}}}}),
-    "verifier": ("exact verifier", {"tiny_dense": 1.0, "tiny_strict": 1.0}),
-    "noise": ("noise (control)", {"noise": 1.0}),
+#: What is trained on, by arm: rewards with weights, in deviations of the preference within a prompt's pictures (`unit`).
+ARMS: dict[str, tuple[str, Any]] = {
+    "preference": ("preference alone", lambda mean, unit: {"tiny_preference": 1 / unit}),
+    "ensemble_mean": ("mean of 2 members", lambda mean, unit: {_ensemble("mean"): 1 / unit}),
+    "ensemble_min": ("minimum of 2 members", lambda mean, unit: {_ensemble("min"): 1 / unit}),
+    "artifact": ("preference + artifact", lambda mean, unit: {"tiny_preference": 1 / unit, "tiny_artifact": 5.0}),
+    "gate": ("preference x artifact", lambda mean, unit: {_gate(mean, unit): 1.0}),
+    "artifact_only": ("artifact alone", lambda mean, unit: {"tiny_artifact": 1.0}),
 }
-
-
-def noise(images: Tensor, prompts: list[str]) -> list[float]:
-    """Says nothing, differently for every picture: what updates of this size do without any signal."""
-    return [random.Random(image.numpy().tobytes()).random() for image in images]
-
-
-#: Measured, and trained on by no arm but the first and the last.
 MEASURES = {
-    "tiny_preference": "preference (trained on)",
-    MEMBERS[2]: "preference of another seed",
+    "tiny_preference": "preference",
+    MEMBERS[2]: "another preference",
     "tiny_artifact": "artifact model",
-    "tiny_clean": "free of artifacts",
+    "tiny_clean": "clean",
     "tiny_strict": "accuracy",
     "tiny_dense": "partial credit",
 }
-WATCHED = ("tiny_preference", "tiny_clean", "tiny_strict")  #: During training, for the curves.
 PROTOCOL = Protocol("tiny-test", 20, 1.0, seeds=4)
+STEPS, LATE = 10, 5  #: Denoising steps of a rollout, and how many of the last a prediction may start from.
 
 
-def train(arm: str, seed: int, out: Path, overrides: list[str]) -> Path:
-    """One run, or the rest of one."""
+def _ensemble(reduce: str) -> str:
+    return f"ensemble of='[{', '.join(MEMBERS[:2])}]' reduce={reduce}"
+
+
+def _gate(mean: float, unit: float) -> str:
+    squashed = f"{{name: tiny_preference, shape: {{sigmoid: {{center: {mean}, scale: {unit}}}}}}}"
+    return f"gate of='{squashed}' by=tiny_artifact"
+
+
+def spread(policy: Policy, prompts: Sequence[Prompt], groups: int = 16, size: int = 8) -> tuple[float, float]:
+    """Mean of the preference over the model's own pictures, and its deviation within a prompt's."""
+    items = [prompt for prompt in prompts[:: len(prompts) // groups][:groups] for _ in range(size)]
+    samples = policy.rollout(items, [sample_seed(7, i) for i in range(len(items))], num_inference_steps=STEPS)
+    samples.images = policy.decode(samples)
+    values = score({"r": load_reward("tiny_preference")}, samples)[:, 0].reshape(-1, size)
+    return float(values.mean()), float(values.std(1).mean())
+
+
+def climb(policy: Policy, rewards: list[tuple[Reward, float]], prompts: list[Prompt], seeds: list[int], node: int) -> Tensor:
+    """The weighted sum of rewards (B,) of the pictures predicted from a node of the ODE, with graph to the weights."""
+    x, _, grid = policy.trunk(prompts, seeds, node, num_inference_steps=STEPS)
+    t = torch.full((len(x),), grid.t[node])
+    texts = [prompt.text for prompt in prompts]
+    v = policy.velocity(texts, x.float(), t, num_inference_steps=STEPS)
+    x0 = x0_from(x.float(), v.float(), t)
+    images = policy.decode(x0, texts, with_graph=True)
+    samples = Samples(prompts, seeds, torch.arange(len(prompts)), x0, images)
+    return torch.stack([weight * reward(samples) for reward, weight in rewards]).sum(0)
+
+
+def train(arm: str, seed: int, out: Path, updates: int, batch: int, lr: float) -> None:
+    """One run; its LoRA and its curve are the sign that it is finished."""
     folder = out / f"{arm}-{seed}"
-    recipe = load_recipe("quickstart", ["objective.beta=0", *overrides, f"seed={seed}", f"output_dir={folder}"])
-    recipe.rewards = ARMS[arm][1]
-    recipe.eval_rewards = {name: 1.0 for name in WATCHED if name not in recipe.rewards}
-    if arm == "par":
-        recipe.references = {"name": "base", "count": 2}
-    if checkpoints(folder):
-        recipe.resume_from_checkpoint = "latest"
-    trainer = Trainer(recipe, rewards={"noise": noise} if arm == "noise" else None)
-    if trainer.progress.step < recipe.max_steps:
-        trainer.train()
-    return folder
+    if (folder / "curve.json").is_file():
+        return
+    policy = Policy.load("tiny-sd3", autocast="bfloat16")
+    policy.set_attention_backend("_native_math")
+    policy.add_lora(32, seed=seed)
+    prompts, test = load_prompts("tiny-train"), load_prompts("tiny-test")
+    rewards = [(load_reward(spec), weight) for spec, weight in ARMS[arm][1](*spread(policy, prompts)).items()]
+    watched = {name: load_reward(name) for name in ("tiny_preference", "tiny_clean", "tiny_strict")}
+    parameters = list(policy.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0)
+    curve = []
+    bar = tqdm(range(updates + 1), desc=f"{arm} {seed}", unit="update")
+    for update in bar:
+        if update % 25 == 0:
+            now = evaluate(policy, test, watched, Protocol("tiny-test", STEPS, 1.0))
+            curve.append({"update": update, **{name: now.mean(name) for name in watched}})
+            bar.set_postfix({name.removeprefix("tiny_"): f"{curve[-1][name]:.3f}" for name in watched})
+        if update == updates:
+            break
+        chosen = [prompts[i] for i in prompt_order(len(prompts), batch, update, seed)]
+        node = STEPS - 1 - sample_seed(seed, update) % LATE
+        total = climb(policy, rewards, chosen, [sample_seed(seed, update, i) for i in range(batch)], node)
+        (-total.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.save(folder)
+    (folder / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
 
 
-def measured(model: str | Path, name: str, keep_images: bool = False) -> Evaluation:
-    rewards = {reward: load_reward(reward) for reward in MEASURES}
+def measured(model: str | Path, name: str, measures: Sequence[str], keep_images: bool = False) -> Evaluation:
+    """The pinned evaluation. model: an embedded name, or a folder with a LoRA for it."""
+    lora = str(model) if (Path(model) / LORA_FILE).is_file() else None
+    policy = Policy.load("tiny-sd3" if lora else str(model), lora=lora)
+    rewards = {reward: load_reward(reward) for reward in measures}
     prompts = load_prompts(PROTOCOL.prompts)
-    return evaluate(load_trained(model), prompts, rewards, PROTOCOL, name=name, keep_images=keep_images, progress=True)
+    return evaluate(policy, prompts, rewards, PROTOCOL, name=name, keep_images=keep_images, progress=True)
 
 
-def report(out: Path, seeds: list[int]) -> None:
-    """Tables of all finished runs with paired intervals, the pictures of the first seed, the curves."""
-    finished = {arm: [s for s in seeds if (out / f"{arm}-{s}" / "README.md").is_file()] for arm in ARMS}
-    base = measured("tiny-sd3", "base", keep_images=True)
-    rows, results, pictures = [], {}, {"base": base}
-    for arm, runs in finished.items():
-        for seed in runs:
-            tuned = measured(out / f"{arm}-{seed}", f"{arm} {seed}", keep_images=seed == runs[0])
-            if seed == runs[0]:
-                pictures[ARMS[arm][0]] = tuned
-            differences = {name: compare(base, tuned, name) for name in MEASURES}
-            results[f"{arm}-{seed}"] = {name: vars(d) for name, d in differences.items()}
+def report(out: Path, arms: dict[str, str], measures: dict[str, str]) -> None:
+    """A table of all finished runs with paired intervals, and the pictures of each arm's first seed. arms: heading by arm."""
+    base = measured("tiny-sd3", "base", list(measures), keep_images=True)
+    results: dict[str, Any] = {"base": {name: base.mean(name) for name in measures}}
+    rows, pictures = [["before", *(f"{base.mean(name):.3f}" for name in measures)]], {"before": base}
+    for arm, heading in arms.items():
+        for folder in sorted(path.parent for path in out.glob(f"{arm}-[0-9]*/{LORA_FILE}")):
+            first = heading not in pictures
+            tuned = measured(folder, folder.name, list(measures), keep_images=first)
+            pictures |= {heading: tuned} if first else {}
+            differences = {name: compare(base, tuned, name) for name in measures}
+            results[folder.name] = {name: vars(d) for name, d in differences.items()}
             cells = [f"{d.tuned:.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in differences.values()]
-            rows.append([f"{ARMS[arm][0]}, {seed}", *cells])
-    before = [f"{base.mean(name):.3f}" for name in MEASURES]
-    print(text_table(["rewards, seed", *MEASURES.values()], [["before", *before], *rows]))
+            rows.append([f"{heading}, {folder.name.rpartition('-')[2]}", *cells])
+    print(text_table(["trained on, seed", *measures.values()], rows))
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw_pictures(pictures, out / "hacking.png")
-    draw_curves({arm: [read_metrics(out / f"{arm}-{s}") for s in runs] for arm, runs in finished.items()}, out / "curves.png")
+    draw_pictures(pictures, out / f"{out.name}.png")
 
 
-def draw_pictures(evaluations: dict[str, Evaluation], path: Path, per_kind: int = 2) -> None:
-    """The same prompts and seeds before and after each arm; in colour below what the exact reader says."""
-    base = evaluations["base"]
-    chosen = [[i for i, p in enumerate(base.prompts) if p.columns["kind"] == kind][:per_kind] for kind in base.kinds]
-    rows = [i for some in chosen for i in some]
+def draw_pictures(evaluations: dict[str, Evaluation], path: Path, per_kind: int = 1) -> None:
+    """The same prompts and seeds before and after each arm; below what the exact reader says."""
+    base = evaluations["before"]
+    rows = [i for kind in base.kinds for i in base._of(kind)[:per_kind]]
     cells = []
     for i in rows:
         row = []
@@ -124,31 +163,34 @@ def draw_pictures(evaluations: dict[str, Evaluation], path: Path, per_kind: int 
     contact_sheet([base.prompts[i].text for i in rows], [(name, "") for name in evaluations], cells).save(path)
 
 
-def draw_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
-    """Held-out measures over training steps, one panel each, one colour per arm."""
+def draw_curves(out: Path, path: Path) -> None:
+    """What each arm gains on the preference against what it costs: two panels, a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(WATCHED), figsize=(3.8 * len(WATCHED), 3.4), dpi=130)
-    for name, axes in zip(WATCHED, panels, strict=True):
-        for k, (arm, several) in enumerate(runs.items()):
-            for j, metrics in enumerate(several):
-                points = [(row["step"], row[f"eval/{name}"]) for row in metrics if row.get(f"eval/{name}") is not None]
-                axes.plot(*zip(*points, strict=True), color=f"C{k}", label=None if j else ARMS[arm][0], linewidth=1.2)
-        axes.set(title=MEASURES[name], xlabel="steps")
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.6), dpi=130)
+    for measure, axes in zip(("tiny_clean", "tiny_strict"), panels, strict=True):
+        for k, arm in enumerate(ARMS):
+            for j, file in enumerate(sorted(out.glob(f"{arm}-[0-9]*/curve.json"))):
+                curve = json.loads(file.read_text())
+                x, y = ([row[name] for row in curve] for name in ("tiny_preference", measure))
+                axes.plot(x, [100 * value for value in y], "o-", color=f"C{k}", label=None if j else ARMS[arm][0], markersize=3)
+        axes.set(xlabel="preference (trained on)", ylabel={"tiny_clean": "free of artifacts, %"}.get(measure, "accuracy, %"))
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].legend(frameon=False, fontsize=7)
+    panels[0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of every run, like max_steps=200")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--no-report", action="store_true", help="only train")
     parser.add_argument("--out", type=Path, default=Path("runs/hacking"))
@@ -156,9 +198,10 @@ def main() -> None:
     quiet_libraries()
     for seed in [] if arguments.report else arguments.seeds:
         for arm in arguments.arms:
-            train(arm, seed, arguments.out, arguments.overrides)
+            train(arm, seed, arguments.out, arguments.updates, arguments.batch, arguments.lr)
     if not arguments.no_report:
-        report(arguments.out, arguments.seeds)
+        report(arguments.out, {arm: heading for arm, (heading, _) in ARMS.items()}, MEASURES)
+        draw_curves(arguments.out, arguments.out / "hacking-curves.png")
 
 
 if __name__ == "__main__":
