@@ -135,7 +135,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError(f"{path}: reading parquet wants pyarrow (pip install pyarrow)") from None
+            raise ValueError(f"{path}: reading parquet wants pyarrow (pip install flowrl-diffusion[parquet])") from None
         try:
             file = pyarrow.parquet.ParquetFile(path)
         except (pyarrow.ArrowException, OSError) as error:
