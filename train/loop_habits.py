@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,35 @@ class Place(Protocol):
 
     step: int
     updates: int
+
+
+class Loop(Protocol):
+    """A run in its folder. saved_at: step of its newest checkpoint there. finished: whether it came to its end."""
+
+    folder: Path
+    progress: Any
+    saved_at: int | None
+    finished: bool
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def save_checkpoint(self) -> None: ...
+
+    def save(self) -> None: ...
+
+
+def wind_up(loop: Loop, command: str) -> None:
+    """The last checkpoint; then the result of a run that came to its end, or how one that was stopped goes on."""
+    if loop.saved_at != loop.progress.step:
+        loop.save_checkpoint()
+    if loop.finished:
+        loop.save()
+    elif loop.is_main:
+        print(
+            f"Stopped after step {loop.progress.step}. "
+            f"Go on with: {command} {loop.folder}/recipe.yaml resume_from_checkpoint=latest"
+        )
 
 
 def lr_factor(recipe: Schedule, progress: Place) -> float:

@@ -30,7 +30,7 @@ from flowrl.samplers import GLASS, SCHEDULES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.train import watch
 from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
-from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers
+from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers, wind_up
 from flowrl.train.objectives import OBJECTIVES
 from flowrl.train.scoring import Scoring
 
@@ -119,7 +119,7 @@ class Trainer:
             record.load_reward_states(self.checkpoint, self.learning)
         self.hooks = list(hooks)
         own = record.lies_in(self.checkpoint, self.folder)
-        self._saved = self.progress.step if own else None  # step of the newest checkpoint in the folder
+        self.saved_at = self.progress.step if own else None  # step of the newest checkpoint in the folder
         self.finished = False  # whether train() came to its end, and not to Ctrl-C
         self._interrupts = Interrupts(self.is_main)
 
@@ -187,15 +187,7 @@ class Trainer:
                     self.save_checkpoint()
             self.finished |= progress.step >= recipe.max_steps
             bar.close()
-            if self._saved != progress.step:
-                self.save_checkpoint()
-            if self.finished:
-                self.save()
-            elif self.is_main:
-                print(
-                    f"Stopped after step {progress.step}. "
-                    f"Go on with: flowrl train {self.folder}/recipe.yaml resume_from_checkpoint=latest"
-                )
+            wind_up(self, "flowrl train")
         self.accelerator.end_training()
         return self.folder
 
@@ -380,7 +372,7 @@ class Trainer:
                 self.recipe.checkpoints_total_limit,
                 self.learning,
             )
-        self._saved = self.progress.step
+        self.saved_at = self.progress.step
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:

@@ -28,7 +28,7 @@ from flowrl import record
 from flowrl.config import ConfigError, make, unknown
 from flowrl.data import sample_seed
 from flowrl.reward_models.base import REWARD_FILE
-from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers
+from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers, wind_up
 from flowrl.train.rewards import TASKS
 from flowrl.train.rewards.recipe import RewardRecipe, load_reward_recipe
 
@@ -132,7 +132,7 @@ class RewardTrainer:
         self.progress = record.Progress()
         if self.checkpoint:
             self._load(self.checkpoint)
-        self._saved = self.progress.step if record.lies_in(self.checkpoint, self.folder) else None
+        self.saved_at = self.progress.step if record.lies_in(self.checkpoint, self.folder) else None
         self.finished = False  #: Whether train() came to its end, and not to Ctrl-C.
         self.scores: dict[str, float] = {}  #: Of the last evaluation.
         self._interrupts = Interrupts(self.is_main)
@@ -166,15 +166,7 @@ class RewardTrainer:
                     self.save_checkpoint()
             self.finished |= progress.step >= recipe.max_steps
             bar.close()
-            if self._saved != progress.step:
-                self.save_checkpoint()
-            if self.finished:
-                self.save()
-            elif self.is_main:
-                print(
-                    f"Stopped after step {progress.step}. "
-                    f"Go on with: flowrl train-reward {self.folder}/recipe.yaml resume_from_checkpoint=latest"
-                )
+            wind_up(self, "flowrl train-reward")
         self.accelerator.end_training()
         return self.folder
 
@@ -293,7 +285,7 @@ class RewardTrainer:
                 facts = {"progress": vars(self.progress), "recipe": vars(self.recipe)}
                 (state / "state.json").write_text(json.dumps(facts))
             record.prune(self.folder, self.recipe.checkpoints_total_limit)
-        self._saved = self.progress.step
+        self.saved_at = self.progress.step
         self.accelerator.wait_for_everyone()
 
     def _load(self, checkpoint: Path) -> None:
