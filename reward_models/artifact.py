@@ -43,6 +43,8 @@ def features(backbone: ClipBackbone, images: Tensor, layers: Sequence[int]) -> T
 class ArtifactHead(nn.Module):
     """What is trained. width: channels of `features`, of `layers` layers; grid: (h, w) of the patches; kinds: K names.
 
+    Beside the features it has two convolutions of its own on the pixels: what a frozen encoder has learnt to look past, fine
+    texture and bleeding colours, is what reward hacking finds first.
     Each patch sees its neighbours up to two patches away and says whether it is damaged. The picture's logit is the smooth
     maximum of theirs, so that few labels teach much. The kinds of damage are read off all of them.
     """
@@ -52,16 +54,19 @@ class ArtifactHead(nn.Module):
         self.grid, self.layers, self.kinds = tuple(grid), layers, tuple(kinds)
         self.scale = nn.Parameter(torch.ones(width))
         self.into = nn.Linear(width, hidden)
+        self.fine = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, hidden, 3, 2, 1), nn.GELU())
         self.around = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(2))
         self.where = nn.Linear(hidden, 1)
         self.gain, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.tensor(-math.log(grid[0] * grid[1])))
         self.what = nn.Linear(2 * hidden, len(self.kinds))
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """states: (N, M, W). Logits of an artifact (N,), of the kinds (N, K), and of damage on the grid (N, h, w)."""
+    def forward(self, states: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """states: (N, M, W); pixels: (N, 3, H, W), normalised as the encoder takes them. Logits of an artifact (N,), of the kinds
+        (N, K), and of damage on the grid (N, h, w)."""
         each = states.float().unflatten(-1, (self.layers, -1))
         normed = F.layer_norm(each, each.shape[-1:]).flatten(-2) * self.scale
         h = F.gelu(self.into(normed)).transpose(1, 2).unflatten(-1, self.grid)
+        h = h + F.adaptive_max_pool2d(self.fine(pixels), self.grid)
         for around in self.around:
             h = h + F.gelu(around(h))
         h = h.flatten(2).transpose(1, 2)
@@ -110,7 +115,7 @@ class ArtifactDetector:
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of pictures (N, 3, H, W): an artifact (N,), the kinds (N, K), damage on the grid (N, h, w); with graph."""
         self.head.to(images.device)
-        return self.head(features(self.backbone, images, self.layers))
+        return self.head(features(self.backbone, images, self.layers), self.backbone.pixels(images))
 
     def __call__(self, samples: Samples) -> Tensor:
         clean = per_frame(lambda images: torch.sigmoid(-self.logits(images)[0]), self._images(samples))

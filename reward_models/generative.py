@@ -58,6 +58,10 @@ class VisionLanguage(torch.nn.Module):
 
         images: one tensor (N, 3, H, W) in [0, 1] for each picture that the question is about, in order.
         """
+        return self.read(images, questions)[0]
+
+    def read(self, images: Sequence[Tensor], questions: Sequence[str], words: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What `forward` returns, and with `words` the mean log-probability (N,) of the question's own tokens, as a caption."""
         pictures = [[image[i] for image in images] for i in range(len(questions))]
         texts = [self._chat(question, len(images)) for question in questions]
         inputs = self.processor(
@@ -70,7 +74,13 @@ class VisionLanguage(torch.nn.Module):
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         logits = self.model(**inputs).logits
         last = inputs["attention_mask"].shape[1] - 1 - inputs["attention_mask"].flip(1).argmax(1)
-        return logits[torch.arange(len(last), device=last.device), last].float().log_softmax(-1)
+        answer = logits[torch.arange(len(last), device=last.device), last].float().log_softmax(-1)
+        if not words:
+            return answer, None
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        told = mask[:, 1:] & mask[:, :-1] & (ids[:, 1:] != self.model.config.image_token_id)
+        each = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return answer, (each * told).sum(1) / told.sum(1)
 
     def gap(self, images: Sequence[Tensor], questions: Sequence[str]) -> Tensor:
         """log P(yes) - log P(no), (N,), over all ways of writing either as one token."""

@@ -1,6 +1,7 @@
 """The artifact detector: what its head computes, gradients, folders, and that it learns to find damage it has labels for."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -49,12 +50,16 @@ def test_features_put_layers_side_by_side(backbone):
 
 def test_a_patch_sees_its_neighbours_and_no_further():
     torch.manual_seed(0)
-    head = ArtifactHead(8, 1, (5, 5), TINY_KINDS, hidden=8)
-    states = torch.randn(1, 25, 8)
+    head = ArtifactHead(8, 1, (7, 7), TINY_KINDS, hidden=8)
+    states, pixels = torch.randn(1, 49, 8), torch.randn(1, 3, 28, 28)
     moved = states.clone()
-    moved[0, 12] = torch.randn(8)  # the middle
-    changed = (head(moved)[2] - head(states)[2])[0].abs() > 1e-6
-    assert changed.nonzero().tolist() == [[i, j] for i in (1, 2, 3) for j in (1, 2, 3)]
+    moved[0, 24] = torch.randn(8)  # the middle
+    changed = (head(moved, pixels)[2] - head(states, pixels)[2])[0].abs() > 1e-6
+    assert changed.nonzero().tolist() == [[i, j] for i in range(1, 6) for j in range(1, 6)]
+    # The picture's logit is the smooth maximum of the patches', near 0 for patches at 0.
+    damaged, _, where = head(states, pixels)
+    torch.testing.assert_close(damaged, head.gain * where.flatten(1).logsumexp(1) + head.offset)
+    assert abs(float(head.offset.detach()) + math.log(49)) < 1e-5
 
 
 def test_scores_are_one_minus_the_probability_and_clips_take_their_worst_frame(folder):
@@ -143,7 +148,7 @@ def test_training_learns_and_the_folder_says_the_same(backbone, tmp_path):
     reward = load_reward(tmp_path / "run")
     images = task.train.images[:8]
     with trainer.averaged(), torch.no_grad():
-        expected = task.head.eval()(task.states[:8])[0]
+        expected = task.head.eval()(task.states[:8], task.encoder.pixels(images))[0]
     torch.testing.assert_close(reward(samples(images)), 1 - expected.sigmoid(), atol=0.02, rtol=0)
     assert "never trained on" in (tmp_path / "run" / "README.md").read_text()
 

@@ -8,6 +8,7 @@ import torch
 from flowrl.batch import Prompt, Samples
 from flowrl.config import ConfigError
 from flowrl.reward_models import RewardError, load_reward
+from flowrl.reward_models.base import to_pil
 from flowrl.reward_models.generative import VisionLanguage, YesToken, one_token, yes_loss
 from flowrl.train.rewards.contrastive import tiny_clip
 from flowrl.train.rewards.generative import _not_shown, tiny_vision_language
@@ -86,6 +87,19 @@ def test_tensors_give_what_the_processor_gives(network, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(VisionLanguage, "plain", property(lambda self: False))
         torch.testing.assert_close(network([images], [QUESTION] * 2), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_the_words_are_scored_as_transformers_scores_a_caption(network):
+    images = pictures(1)
+    answer, words = network.read([images], [QUESTION], words=True)
+    torch.testing.assert_close(answer, network([images], [QUESTION]))
+    inputs = network.processor(images=to_pil(images), text=[network._chat(QUESTION, 1)], return_tensors="pt")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == network.model.config.image_token_id, -100)
+    torch.testing.assert_close(-words[0], network.model(**inputs, labels=labels).loss, atol=1e-5, rtol=1e-5)
+    _, padded = network.read(
+        [pictures(1).repeat(2, 1, 1, 1)], [QUESTION, "a star above a ring, and two blue crosses?"], words=True
+    )
+    torch.testing.assert_close(padded[0], words[0], atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_the_pixels(folder):

@@ -148,8 +148,9 @@ class Artifact:
 
     def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         states, damaged = self.states[batch].to(self.device), self.train.damaged[batch].to(self.device)
+        pixels = self.encoder.pixels(self.train.images[batch].to(self.device))
         kinds, cells = self.train.kinds[batch].to(self.device), self.cells[batch].to(self.device)
-        whole, each, where = self.head(states)
+        whole, each, where = self.head(states, pixels)
         named = ~kinds.isnan()
         parts = {
             "binary": F.binary_cross_entropy_with_logits(whole, damaged),
@@ -164,7 +165,8 @@ class Artifact:
         """AUC and accuracy at 0.5, on scenes and on samples; AUC of the map, and of each kind of damage against clean."""
         result: dict[str, float] = {}
         for name, part in self.tests.items():
-            whole, each, where = (x.cpu() for x in self.head(self.test_states[name].to(self.device)))
+            pixels = self.encoder.pixels(part.images.to(self.device))
+            whole, each, where = (x.cpu() for x in self.head(self.test_states[name].to(self.device), pixels))
             result[f"{name}/auc"] = auc(whole, part.damaged)
             result[f"{name}/accuracy"] = ((whole > 0) == (part.damaged > 0.5)).float().mean().item()
             cells = F.adaptive_avg_pool2d(part.mask[:, None].float(), self.encoder.grid)[:, 0].gt(0.05)
@@ -191,8 +193,8 @@ class Artifact:
         drawn = ", ".join(f"{sources.count(name)} {name}" for name in dict.fromkeys(sources) if "sample" not in name)
         return f"""\
 Probability that a picture has no artifact, in [0, 1], without looking at the prompt: a head on the patch features of layers
-{self.layers} of the frozen encoder `{self.backbone}`. It also says where (`map`) and which of MagicMirror's kinds
-({", ".join(TINY_KINDS)}).
+{self.layers} of the frozen encoder `{self.backbone}`, with two convolutions of its own for what these do not see. It also says
+where (`map`) and which of MagicMirror's kinds ({", ".join(TINY_KINDS)}).
 
 Trained on {len(sources):,} pictures of training prompts. Drawn scenes, half of them seen through the decoder of `{self.model}`:
 {drawn}. Samples of `{self.model}` in 10 and in 4 steps: {sources.count("sample")} that do what the prompt says are clean,

@@ -107,6 +107,9 @@ class Generative:
     reference: bool = False  #: Ask which of two pictures is better, instead of whether one shows the prompt.
     question: str | None = None  #: With {prompt} in it; by default as the reward asks.
     bradley_terry: float = 0.5  #: Weight of the Bradley-Terry loss beside the cross-entropy.
+    #: Weight of the language model's loss on the words of the question where the answer is yes: captioning, by which a model
+    #: that has never seen a picture learns what words look like. For one that is built here; 0 for a trained one.
+    caption_weight: float = 0.0
     lora_rank: int = 0  #: Train a LoRA of this rank on the attention projections (merged when saved); 0 trains all weights.
     train_vision: bool = False  #: Train the vision tower too.
     backbone: str = "tiny_clip"  #: Eyes of the model that is built.
@@ -165,9 +168,13 @@ class Generative:
 
     def loss(self, batch: tuple[list[Tensor], list[str], Tensor]) -> tuple[Tensor, dict[str, float]]:
         images, questions, yes = batch
-        log_probs = self.network([x.to(self.device) for x in images], questions)
+        pictures, captioned = [x.to(self.device) for x in images], self.caption_weight > 0
+        log_probs, words = self.network.read(pictures, questions, words=captioned)
         values, accuracy = yes_loss(self.network, log_probs, yes.to(self.device), self.bradley_terry)
-        return values, {"accuracy": float(accuracy)}
+        if words is None:
+            return values, {"accuracy": float(accuracy)}
+        caption = -words[yes.to(self.device)].mean()
+        return values + self.caption_weight * caption, {"accuracy": float(accuracy), "caption": float(caption.detach())}
 
     def _gaps(self, images: list[Tensor], questions: list[str]) -> Tensor:
         rows = torch.arange(len(questions)).split(60)
