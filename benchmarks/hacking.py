@@ -101,7 +101,7 @@ def train(arm: str, seed: int, out: Path, updates: int, batch: int, lr: float) -
     curve = []
     bar = tqdm(range(updates + 1), desc=f"{arm} {seed}", unit="update")
     for update in bar:
-        if update % 25 == 0:
+        if update % 25 == 0 or update == updates:
             now = evaluate(policy, test, watched, Protocol("tiny-test", STEPS, 1.0))
             curve.append({"update": update, **{name: now.mean(name) for name in watched}})
             bar.set_postfix({name.removeprefix("tiny_"): f"{curve[-1][name]:.3f}" for name in watched})

@@ -65,7 +65,15 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 #: Trained reward models that ship (assets/rewards), for the embedded world.
-EMBEDDED = ("tiny_clip", "tiny_preference", "tiny_preference_1", "tiny_preference_2", "tiny_artifact", "tiny_transport")
+EMBEDDED = (
+    "tiny_clip",
+    "tiny_preference",
+    "tiny_preference_1",
+    "tiny_preference_2",
+    "tiny_artifact",
+    "tiny_transport",
+    "tiny_latent",
+)
 
 __all__ = [
     "EMBEDDED",
