@@ -275,5 +275,6 @@ def unknown(images: Tensor | np.ndarray) -> np.ndarray:
 
 
 def artifact_rate(images: Tensor | np.ndarray) -> float:
-    """Share of the pictures with a component that is no shape: an artifact measure that no reward model was trained on."""
+    """Share of the pictures with a component that is no shape. It asks no network; `tiny_artifact` was taught by its verdict on
+    some samples, besides damage that it cannot see (texture)."""
     return float(unknown(images).mean())
