@@ -376,7 +376,7 @@ def option_comments(of: Any) -> dict[str, str]:
     import re
 
     comments: dict[str, str] = {}
-    for cls in reversed(inspect.getmro(of)) if dataclasses.is_dataclass(of) else []:
+    for cls in reversed(inspect.getmro(of)) if inspect.isclass(of) and dataclasses.is_dataclass(of) else []:
         if cls.__module__ == "builtins":
             continue
         above: list[str] = []

@@ -81,7 +81,13 @@ class ArtifactHead(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().half().contiguous() for name, value in self.state_dict().items()}, folder / HEAD_FILE)
-        card = {"reward": "artifact", "options": {}, "backbone": backbone, "layers": list(layers), "kinds": list(self.kinds)}
+        card: dict[str, Any] = {
+            "reward": "artifact",
+            "options": {},
+            "backbone": backbone,
+            "layers": list(layers),
+            "kinds": list(self.kinds),
+        }
         card |= {"hidden": self.into.out_features, **facts}
         (folder / REWARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowrl.batch import Prompt, Samples
+from flowrl.batch import Samples
 from flowrl.policy import Policy
 from flowrl.reward_models.base import REWARD_FILE, Reward, RewardError, Traits, embedded_folder, load_reward, score_one
 
@@ -162,11 +162,11 @@ def noisy_examples(
         eps = torch.randn((len(groups), *latents.shape[1:]), generator=generator)[of]
         s = t.view(-1, *[1] * (latents.dim() - 1)).to(latents.device)
         x = (1 - s) * latents + s * eps.to(latents.device)
-        features = [
+        chunks = [
             block_features(policy, block, x[rows], t[rows].to(x.device), [samples.texts[i] for i in rows])
             for rows in torch.arange(len(x)).split(64)
         ]
-        parts.append((torch.cat(features).cpu(), t, scores.cpu(), of * views + view))
+        parts.append((torch.cat(chunks).cpu(), t, scores.cpu(), of * views + view))
     features, times, values, group = (torch.cat(column) for column in zip(*parts, strict=True))
     return features, times, values, group
 
@@ -236,14 +236,13 @@ class LatentReward:
             return torch.full((len(samples),), torch.nan)
         return self.noisy(samples.latents, torch.zeros(len(samples)), samples.texts)
 
-    def noisy(self, x: Tensor, t: Tensor | float, prompts: Sequence[str | Prompt]) -> Tensor:
-        """Expected reward of noisy states, (B,) with graph. x: (B, ...) in flow coordinates; t: (B,), or one for all."""
+    def noisy(self, x: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
+        """Expected reward of noisy states, (B,) with graph. x: (B, ...) in flow coordinates; t: (B,), 1 is noise."""
         if self.policy.device != x.device:
             self.policy.pipe.to(x.device)
         head = self.head.to(x.device).eval()
-        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        texts = [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
-        return head.offset + head.scale * head(block_features(self.policy, self.block, x, times, texts), times)
+        times = t.float().to(x.device)
+        return head.offset + head.scale * head(block_features(self.policy, self.block, x, times, prompts), times)
 
     def update(self, samples: Samples, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Score fresh samples with `of` and learn from them. Nothing without `of`."""
@@ -279,7 +278,8 @@ class LatentReward:
                 self.optimizer.zero_grad()
                 value.backward()
                 for parameter in self.head.parameters():
-                    parameter.grad = reduce(parameter.grad)
+                    if parameter.grad is not None:
+                        parameter.grad = reduce(parameter.grad)
                 nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
                 self.optimizer.step()
                 losses.append(float(value.detach()))

@@ -28,8 +28,8 @@ from flowrl.samplers.transitions import Transition
 if TYPE_CHECKING:
     from flowrl.policy import Policy
 
-#: A process reward: (x (B, ...) in flow coordinates, t, prompts) -> (B,), differentiable in x.
-ProcessReward = Callable[[Tensor, float, Sequence[Prompt]], Tensor]
+#: A process reward: (x (B, ...) in flow coordinates, t (B,), prompts) -> (B,), differentiable in x; `noisy` of a reward.
+ProcessReward = Callable[[Tensor, Tensor, list[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Euphonium:
         """What is added to the mean of a step, (B, ...)."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            g = gradient(reward(leaf, t, prompts), leaf)
+            times = torch.full((len(x),), float(t), device=x.device)
+            g = gradient(reward(leaf, times, [prompt.text for prompt in prompts]), leaf)
         if self.normalize:
             g = g / g.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, *[1] * (g.dim() - 1))
         return langevin_shift(std, g) / self.beta

@@ -105,7 +105,9 @@ class PolicyModel(Model):
         if noisy is None:
             return super().score_noisy(x, t)
         n = x.shape[1]
-        return self._numbers(noisy(x.flatten(0, 1), t, [item for item in self.items for _ in range(n)]), x)
+        states = x.flatten(0, 1)
+        times = torch.full((len(states),), t, device=x.device)
+        return self._numbers(noisy(states, times, [item.text for item in self.items for _ in range(n)]), x)
 
     def samples(self, state: Tensor) -> Samples:
         """Final states (P, n, ...) as samples with their pictures, population by population."""

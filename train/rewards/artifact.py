@@ -37,8 +37,9 @@ class Curated:
     source: list[str]
 
     def __add__(self, other: Curated) -> Curated:
-        both = (torch.cat([getattr(part, name) for part in (self, other)]) for name in ("images", "damaged", "kinds", "mask"))
-        return Curated(*both, self.source + other.source)
+        names = ("images", "damaged", "kinds", "mask")
+        both = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names}
+        return Curated(**both, source=self.source + other.source)
 
 
 def scenes(count: int, names: tuple[str, ...], vae: Any, split: str, rng: np.random.Generator) -> Curated:
@@ -51,12 +52,12 @@ def scenes(count: int, names: tuple[str, ...], vae: Any, split: str, rng: np.ran
         image, mask = (render(scene, rng), blank) if name == "clean" else corrupt(scene, name, rng.uniform(0.2, 1), rng)
         kind = torch.tensor([float(name != "clean" and LABELS[name][0] == k) for k in TINY_KINDS])
         rows.append((torch.from_numpy(image), torch.tensor(float(name != "clean")), kind, torch.from_numpy(mask), name))
-    images, damaged, kinds, mask, source = zip(*rows, strict=True)
+    images, damaged, kinds, masks, source = (list(column) for column in zip(*rows, strict=True))
     # Fine texture does not survive the decoder: such a picture would be labelled damaged and show nothing.
     soft = [i for i in range(count) if i % 4 in (2, 3) and source[i] != "texture"]
     pictures = torch.stack(images)
     pictures[soft] = decoded(vae, pictures[soft])
-    return Curated(pictures, torch.stack(damaged), torch.stack(kinds), torch.stack(mask), list(source))
+    return Curated(pictures, torch.stack(damaged), torch.stack(kinds), torch.stack(masks), source)
 
 
 @torch.no_grad()
@@ -85,7 +86,8 @@ def samples(policy: Policy, count: int, steps: int, split: str, rng: np.random.G
     source = ["bad sample" if b else "sample" for b in bad.tolist()]
     all_of = Curated(images, bad.float(), kinds, mask, source)
     kept = torch.arange(count) if keep_all else (bad | (strict == 1)).nonzero()[:, 0]
-    return Curated(*(getattr(all_of, name)[kept] for name in ("images", "damaged", "kinds", "mask")), [source[i] for i in kept])
+    chosen = {name: getattr(all_of, name)[kept] for name in ("images", "damaged", "kinds", "mask")}
+    return Curated(**chosen, source=[source[i] for i in kept])
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:

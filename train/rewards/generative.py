@@ -14,6 +14,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,8 +189,8 @@ class Generative:
             gaps = self._gaps(images, questions)
             accuracy = ((gaps > 0) == yes).float().mean().item()
             return {"accuracy": accuracy, "pairs": (gaps[::2] > gaps[1::2]).float().mean().item()}
-        images, right, wrong = self.tests
-        says = [self._gaps([images], [self.asked.format(prompt=prompt) for prompt in prompts]) for prompts in (right, wrong)]
+        pictures, right, wrong = self.tests
+        says = [self._gaps([pictures], [self.asked.format(prompt=prompt) for prompt in prompts]) for prompts in (right, wrong)]
         result = {
             "accuracy": ((says[0] > 0).float().mean() / 2 + (says[1] < 0).float().mean() / 2).item(),
             "pairs": (says[0] > says[1]).float().mean().item(),
@@ -207,7 +208,7 @@ class Generative:
             network = copy.deepcopy(network)
             network.model = network.model.merge_and_unload()
         network.save(folder)
-        options = {"reference": True} if self.reference else {}
+        options: dict[str, Any] = {"reference": True} if self.reference else {}
         if self.question:
             options["question"] = self.question
         (folder / REWARD_FILE).write_text(json.dumps({"reward": "yes_token", "options": options}, indent=2) + "\n")

@@ -67,7 +67,7 @@ class Latent:
         self.scorer = load_reward(self.reward)
         self.train_prompts, self.test_prompts = load_prompts(self.prompts), load_prompts(self.eval_prompts)
         self.chunks: dict[int, tuple[Tensor, ...]] = {}
-        self.pooled = -1
+        self.samples, self.pooled = Pool(0), -1
         pool = self._pool(0)
         if len(pool) < 2 or pool.scores.std() == 0:
             raise ConfigError(f"task.reward={self.scorer.name}: {len(pool)} scores that do not differ leave nothing to learn")
