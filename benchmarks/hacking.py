@@ -37,11 +37,9 @@ MEMBERS = ["tiny_preference", "tiny_preference_1", "tiny_preference_2"]
 #: What is trained on, by arm: rewards with weights, in deviations of the preference within a prompt's pictures (`unit`).
 ARMS: dict[str, tuple[str, Any]] = {
     "preference": ("preference alone", lambda mean, unit: {"tiny_preference": 1 / unit}),
-    "ensemble_mean": ("mean of 2 members", lambda mean, unit: {_ensemble("mean"): 1 / unit}),
     "ensemble_min": ("minimum of 2 members", lambda mean, unit: {_ensemble("min"): 1 / unit}),
     "artifact": ("preference + artifact", lambda mean, unit: {"tiny_preference": 1 / unit, "tiny_artifact": 5.0}),
     "gate": ("preference x artifact", lambda mean, unit: {_gate(mean, unit): 1.0}),
-    "artifact_only": ("artifact alone", lambda mean, unit: {"tiny_artifact": 1.0}),
 }
 MEASURES = {
     "tiny_preference": "preference",
