@@ -8,7 +8,7 @@ The strongest optimiser at hand, so that a weakness shows soon: the gradient of 
 steps, one of the last five), one prediction of the picture is decoded and scored, and a LoRA climbs (ReFL, arXiv 2304.05977).
 What was not trained on is measured on 120 held-out prompts x 4 pictures: strict accuracy and the share of pictures in which
 every component is a shape, both by the exact reader, and a preference model of another seed. Finished runs stay under --out;
-results.json, hacking.png (pictures) and hacking-curves.png are written there.
+results.json, hacking.png (pictures) and hacking-costs.png are written there.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def measured(model: str | Path, name: str, measures: Sequence[str], keep_images:
     return evaluate(policy, prompts, rewards, PROTOCOL, name=name, keep_images=keep_images, progress=True)
 
 
-def report(out: Path, arms: dict[str, str], measures: dict[str, str]) -> None:
+def report(out: Path, arms: dict[str, str], measures: dict[str, str]) -> dict[str, Any]:
     """A table of all finished runs with paired intervals, and the pictures of each arm's first seed. arms: heading by arm."""
     base = measured("tiny-sd3", "base", list(measures), keep_images=True)
     results: dict[str, Any] = {"base": {name: base.mean(name) for name in measures}}
@@ -143,6 +143,7 @@ def report(out: Path, arms: dict[str, str], measures: dict[str, str]) -> None:
     print(text_table(["trained on, seed", *measures.values()], rows))
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_pictures(pictures, out / f"{out.name}.png")
+    return results
 
 
 def draw_pictures(evaluations: dict[str, Evaluation], path: Path, per_kind: int = 1) -> None:
@@ -161,8 +162,8 @@ def draw_pictures(evaluations: dict[str, Evaluation], path: Path, per_kind: int 
     contact_sheet([base.prompts[i].text for i in rows], [(name, "") for name in evaluations], cells).save(path)
 
 
-def draw_curves(out: Path, path: Path) -> None:
-    """What each arm gains on the preference against what it costs: two panels, a line for each run."""
+def draw_costs(results: dict[str, Any], path: Path) -> None:
+    """What each arm gained on the preference against what it cost, with 95 % intervals: two panels, a point for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,16 +171,23 @@ def draw_curves(out: Path, path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.6), dpi=130)
     for measure, axes in zip(("tiny_clean", "tiny_strict"), panels, strict=True):
-        for k, arm in enumerate(ARMS):
-            for j, file in enumerate(sorted(out.glob(f"{arm}-[0-9]*/curve.json"))):
-                curve = json.loads(file.read_text())
-                x, y = ([row[name] for row in curve] for name in ("tiny_preference", measure))
-                axes.plot(x, [100 * value for value in y], "o-", color=f"C{k}", label=None if j else ARMS[arm][0], markersize=3)
-        axes.set(xlabel="preference (trained on)", ylabel={"tiny_clean": "free of artifacts, %"}.get(measure, "accuracy, %"))
+        for k, (arm, (heading, _)) in enumerate(ARMS.items()):
+            for j, run in enumerate(name for name in results if name.rpartition("-")[0] == arm):
+                (x, xerr), (y, yerr) = _bar(results[run]["tiny_preference"], 1), _bar(results[run][measure], 100)
+                axes.errorbar(x, y, yerr, xerr, "o", color=f"C{k}", label=None if j else heading, markersize=4, linewidth=1)
+        axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+        axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="preference, change", ylabel=f"{MEASURES[measure]}, change in points")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
+
+
+def _bar(difference: dict[str, float], scale: float) -> tuple[float, list[list[float]]]:
+    """A change and its interval as error bars."""
+    change = difference["tuned"] - difference["base"]
+    return scale * change, [[scale * (change - difference["low"])], [scale * (difference["high"] - change)]]
 
 
 def main() -> None:
@@ -198,8 +206,8 @@ def main() -> None:
         for arm in arguments.arms:
             train(arm, seed, arguments.out, arguments.updates, arguments.batch, arguments.lr)
     if not arguments.no_report:
-        report(arguments.out, {arm: heading for arm, (heading, _) in ARMS.items()}, MEASURES)
-        draw_curves(arguments.out, arguments.out / "hacking-curves.png")
+        results = report(arguments.out, {arm: heading for arm, (heading, _) in ARMS.items()}, MEASURES)
+        draw_costs(results, arguments.out / "hacking-costs.png")
 
 
 if __name__ == "__main__":
