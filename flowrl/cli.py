@@ -60,7 +60,8 @@ def is_users(error: Exception) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT) or type(error) is OSError
-    return type(error).__name__ in ("RewardError", "CheckFailed", "Unservable") or type(error) is ValueError
+    names = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules import torch
+    return bool(names & {"RewardError", "CheckFailed", "Unservable"}) or type(error) is ValueError
 
 
 class Parser(argparse.ArgumentParser):

@@ -150,9 +150,9 @@ def _retried(
 
 
 def _hidden(error: Exception, headers: dict[str, str]) -> str:
-    """What happened, without the token: some servers repeat it in their refusal."""
+    """What happened, without the token: some servers repeat it in their refusal. Shorter ones than 8 may be any word."""
     token = headers.get("Authorization", "").removeprefix("Bearer ").strip()
-    return str(error).replace(token, "(token)") if token else str(error)
+    return str(error).replace(token, "(token)") if len(token) >= 8 else str(error)
 
 
 def _once(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float, limit: int) -> Any:
