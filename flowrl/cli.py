@@ -111,10 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     teach = command("train-reward", run_train_reward, "train a reward model by a recipe", description=train_reward_help())
-    teach.add_argument("recipe", help="a reward recipe that ships (see `flowrl recipes`) or a YAML file")
+    teach.add_argument("recipe", nargs="?", help="a reward recipe that ships (see `flowrl recipes`) or a YAML file")
     teach.add_argument(
         "overrides", nargs="*", metavar="key=value", help="options that differ, like max_steps=100 task.head=linear"
     )
+    teach.add_argument("--options", metavar="TASK", help="explain a task's own options (task.NAME=...), and train nothing")
 
     plan = command("plan", run_plan, "show a recipe's arithmetic without loading any weight")
     plan.add_argument("recipe")
@@ -133,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("model", help="as for sample: a name, a folder, a run, a checkpoint; with LoRAs: MODEL+LORA[@SCALE]")
     evaluation.add_argument("--against", help="the model to compare with: a paired table with 95 %% intervals")
     evaluation.add_argument("--rewards", nargs="+", default=["tiny_strict", "tiny_dense"], help=REWARDS_HELP)
+    evaluation.add_argument("--limit", type=positive, help="prompts, spread evenly over the file (default: all)")
     evaluation.add_argument("--out", type=Path, help="write the scores as JSON")
     sampling_options(evaluation, seeds=4, prompts="tiny-test")
 
@@ -297,8 +299,18 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_train_reward(arguments: argparse.Namespace) -> int:
+    from flowrl.config import ConfigError
     from flowrl.train.rewards.recipe import load_reward_recipe
 
+    if arguments.options:
+        from flowrl.train.rewards import find_task
+
+        task = find_task(arguments.options)
+        print(f"task {arguments.options}: {(task.__doc__ or '').strip()}\n")
+        print_options(task, {})
+        return 0
+    if arguments.recipe is None:
+        raise ConfigError("no recipe: give one that ships (see `flowrl recipes`) or a YAML file")
     recipe = load_reward_recipe(arguments.recipe, arguments.overrides)
     quiet_libraries()
     from flowrl.train.rewards.loop import RewardTrainer
@@ -340,7 +352,6 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 def run_rewards(arguments: argparse.Namespace) -> int:
     import inspect
     import shlex
-    import textwrap
 
     quiet_libraries()
     from flowrl.reward_models import EMBEDDED, REWARDS
@@ -358,16 +369,24 @@ def run_rewards(arguments: argparse.Namespace) -> int:
     found, implied = find_reward(arguments.name)
     options = [] if not inspect.isclass(found) else list(inspect.signature(found).parameters.values())
     print(f"{arguments.name}\n\n{inspect.cleandoc(found.__doc__ or '')}\n")
-    said = option_comments(found)
-    for option in options:
-        default = implied.get(option.name, option.default)
-        shown = "required" if default is option.empty else "" if "factory" in repr(default) else repr(default)
-        text = f"{shown:<12} {said.get(option.name, '')}".rstrip()
-        print("\n".join(textwrap.wrap(text, 118, initial_indent=f"  {option.name:<20} ", subsequent_indent=" " * 36)))
+    print_options(found, implied)
     needed = [f"{option.name}: ..." for option in options if option.default is option.empty and option.name not in implied]
     value = "{" + ", ".join(["weight: 1", *needed]) + "}" if needed else "1"
     print(f"\n  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
     return 0
+
+
+def print_options(of: Any, implied: dict[str, Any]) -> None:
+    """The options of a class, with their defaults and what is said of them. implied: values that a name implies."""
+    import inspect
+    import textwrap
+
+    said = option_comments(of)
+    for option in inspect.signature(of).parameters.values() if inspect.isclass(of) else []:
+        default = implied.get(option.name, option.default)
+        shown = "required" if default is option.empty else "" if "factory" in repr(default) else str(default)
+        text = f"{shown:<12} {said.get(option.name, '')}".rstrip()
+        print("\n".join(textwrap.wrap(text, 118, initial_indent=f"  {option.name:<20} ", subsequent_indent=" " * 36)))
 
 
 def option_comments(of: Any) -> dict[str, str]:
@@ -533,7 +552,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     if arguments.out:
         make_folder(arguments.out.parent)
-    results = evaluate_models([arguments.model, *([arguments.against] if arguments.against else [])], arguments)
+    models = [arguments.model, *([arguments.against] if arguments.against else [])]
+    results = evaluate_models(models, arguments, limit=arguments.limit)
     model, base = results[0], results[-1]
     if arguments.against:
         for reward in model.rewards:

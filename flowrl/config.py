@@ -119,7 +119,7 @@ class Recipe:
         "wrong then push away from what they did. For rewards with a known maximum.",
     )
     confidence: str | None = option(
-        None, "Reward, of the kind `uncertain`, whose confidence in each sample weighs that sample's advantage (Ctrl-U)."
+        None, "Label of one of `rewards`, of the kind `uncertain`, whose confidence in a sample weighs its advantage (Ctrl-U)."
     )
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "normalize_then_sum", "Several rewards: sum and normalise, or normalise each and sum (GDPO)."

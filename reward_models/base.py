@@ -203,7 +203,8 @@ def load_reward(spec: Any, **options: Any) -> Reward:
     if spec in REWARDS:
         return _construct(_import(REWARDS[spec][0], spec), spec, {**REWARDS[spec][1], **options})
     if "/" in spec or Path(spec).is_dir():
-        raise ValueError(f"reward {spec!r}: there is no {REWARD_FILE} in this folder; `flowrl train-reward` writes one")
+        there = f"there is no {REWARD_FILE} in it" if Path(spec).is_dir() else "there is no such folder"
+        raise ValueError(f"reward {spec!r}: {there}; `flowrl train-reward` writes one")
     module_name, _, attribute = spec.replace(":", ".").rpartition(".")
     if not module_name:
         raise ValueError(f"unknown reward {spec!r}{nearest(spec, [*REWARDS, *EMBEDDED])} (or give the dotted path of a function)")
@@ -211,13 +212,14 @@ def load_reward(spec: Any, **options: Any) -> Reward:
 
 
 def find_reward(name: str) -> tuple[Any, dict[str, Any]]:
-    """The class or function behind a name of REWARDS or an embedded one, and the options that the name implies."""
+    """The class or function behind a name of REWARDS, an embedded one or a folder, and the options that the name implies."""
     from flowrl.reward_models import EMBEDDED, REWARDS
 
-    if name in EMBEDDED:
-        facts = json.loads((embedded_folder(name) / REWARD_FILE).read_text(encoding="utf-8"))
+    if name in EMBEDDED or (Path(name) / REWARD_FILE).is_file():
+        folder = embedded_folder(name) if name in EMBEDDED else Path(name)
+        facts = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
         found, implied = find_reward(facts["reward"])
-        return found, {**implied, **facts.get("options", {}), "folder": embedded_folder(name)}
+        return found, {**implied, **facts.get("options", {}), "folder": name}
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}{nearest(name, [*REWARDS, *EMBEDDED])}")
     return _import(REWARDS[name][0], name), REWARDS[name][1]
@@ -243,9 +245,12 @@ def load_rewards(section: Mapping[str, Any] | Sequence[Any]) -> dict[str, tuple[
                 reward, weight = load_reward(value), 1.0
             else:
                 reward, weight = load_reward(label), value
-            number = float(weight)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{label}: {error}") from None
+        try:
+            number = float(weight)
+        except (TypeError, ValueError):
+            raise ValueError(f"{label}: the weight {weight!r} is not a number") from None
         if not math.isfinite(number):
             raise ValueError(f"{label}: the weight {weight} is not a finite number")
         rewards[label] = (reward, number)
@@ -273,7 +278,8 @@ def _words(text: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         try:
             options = {key: yaml.safe_load(value), **options}
         except yaml.YAMLError:
-            raise ValueError(f"reward {text!r}: {word!r} is not valid YAML; quote what has spaces") from None
+            fix = "quote again what has spaces, as in \"NAME 'shape={cap: 1}'\""
+            raise ValueError(f"reward {text!r}: {word!r} is not valid YAML; {fix}") from None
     return name, options
 
 
@@ -296,10 +302,13 @@ def _from_folder(folder: Path, options: dict[str, Any]) -> Reward:
 def _construct(made: Any, spec: str, options: dict[str, Any]) -> Any:
     """A reward from a class and its options, or from a function, which has none."""
     if inspect.isclass(made):
-        try:
-            inspect.signature(made).bind(**options)
-        except TypeError as error:
-            raise ValueError(f"reward {spec!r}: {error}") from None
+        parameters = inspect.signature(made).parameters
+        fixed = {name: p for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+        surplus = [name for name in options if name not in fixed] if len(fixed) == len(parameters) else []
+        if surplus:
+            raise ValueError(f"reward {spec!r} has no option {surplus[0]!r}{nearest(surplus[0], [*fixed, 'weight', 'shape'])}")
+        if missing := [name for name, p in fixed.items() if p.default is p.empty and name not in options]:
+            raise ValueError(f"reward {spec!r} wants {', '.join(missing)}; `flowrl rewards {spec}` says what they mean")
         made = made(**options)
     elif options:
         raise ValueError(f"reward {spec!r} is a function and has no options, but got {', '.join(options)}")

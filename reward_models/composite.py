@@ -118,6 +118,11 @@ class Gate:
         (low, high), (least, most) = (traits_of(reward).range for reward in self.of)
         if least < 0 or most > 1:
             raise ValueError(f"gate: {self.of[1].name} has values in [{least}, {most}], a gate's lie in [0, 1]: shape it first")
+        if how == "multiply" and low < 0:
+            raise ValueError(
+                f"gate: {self.name} may be negative (it lies in [{low}, {high}]), and a factor would then reward what it should "
+                "hold back: shape it by a sigmoid round its usual value, or use how=add"
+            )
         bounds = {
             "multiply": (0.0, high),
             "add": (low - weight, high),
@@ -133,8 +138,8 @@ class Gate:
             return torch.where(a.isnan(), torch.nan, torch.where(a >= self.at, r, self.otherwise))
         if bool((r < 0).any()):
             raise RewardError(
-                f"reward {self.name!r} is negative ({float(r[~r.isnan()].min()):.3g}), and a multiplying gate would then reward "
-                "what it should hold back: use shape={sigmoid: ...} on it, or how=add"
+                f"reward {self.name!r} says that it lies above 0 and is {float(r[~r.isnan()].min()):.3g}: a factor would reward "
+                "what it should hold back"
             )
         return r * a**self.power
 

@@ -64,7 +64,7 @@ def test_combined_ignores_what_abstains_wherever_it_stands():
 
 
 def test_gates():
-    main, clean = fixed(0.8, 0.5, 0.5), fixed(0.25, 1.0, None, range=(0.0, 1.0))
+    main, clean = fixed(0.8, 0.5, 0.5, range=(0.0, 1.0)), fixed(0.25, 1.0, None, range=(0.0, 1.0))
     assert Gate(main, clean, power=0.5)(GIVEN).tolist()[:2] == pytest.approx([0.4, 0.5])
     assert Gate(main, clean, "add", weight=2.0)(GIVEN).tolist()[:2] == pytest.approx([0.8 - 1.5, 0.5])
     assert Gate(main, clean, "threshold", at=0.5, otherwise=-1.0)(GIVEN).tolist()[:2] == [-1.0, 0.5]
@@ -73,8 +73,11 @@ def test_gates():
 
 
 def test_a_multiplying_gate_does_not_reward_what_it_holds_back():
-    with pytest.raises(RewardError, match=r"reward 'fixed' is negative \(-1\).*shape=.sigmoid"):
-        Gate(fixed(-1.0, 0.5, None), fixed(0.0, 1.0, 1.0, range=(0.0, 1.0)))(GIVEN)
+    clean = fixed(0.0, 1.0, 1.0, range=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"gate: fixed may be negative .*shape it by a sigmoid .*how=add"):
+        Gate(fixed(-1.0, 0.5, None), clean)
+    with pytest.raises(RewardError, match=r"reward 'fixed' says that it lies above 0 and is -1"):
+        Gate(fixed(-1.0, 0.5, None, range=(0.0, 1.0)), clean)(GIVEN)
     with pytest.raises(ValueError, match=r"gate: fixed has values in \[-inf, inf\], a gate's lie in \[0, 1\]"):
         Gate(A, fixed(1.0))
 
@@ -110,7 +113,7 @@ def test_trees_of_trees_know_their_parts():
         (lambda: Gate(bright, bright, "divide"), "how='divide'"),
         (lambda: Tree({"brightness": 1}, requires="colour"), "requires='colour' is none of its nodes brightness"),
         (lambda: Tree({"brightnes": 1}), "brightnes: unknown reward 'brightnes'; did you mean brightness"),
-        (lambda: Tree({"brightness": "much"}), "brightness: could not convert string"),
+        (lambda: Tree({"brightness": "much"}), "brightness: the weight 'much' is not a number"),
         (lambda: Tree({"brightness": math.inf}), "the weight inf is not a finite number"),
     ],
 )

@@ -67,8 +67,8 @@ class Trainer:
         if recipe.confidence is not None and not hasattr(self.rewards.get(recipe.confidence), "confidence"):
             doubters = [label for label, reward in self.rewards.items() if hasattr(reward, "confidence")]
             raise ConfigError(
-                f"confidence={recipe.confidence}: no reward of this run that knows its doubt; "
-                f"those that do: {', '.join(doubters) or 'none (uncertain is one)'}"
+                f"confidence={recipe.confidence}: no reward of this run that knows its doubt; those that do: "
+                f"{', '.join(doubters) or 'none; add one, as in rewards.u={name: uncertain, of: NAME} confidence=u'}"
             )
         self.best = _best(self.rewards, self.weights, recipe) if recipe.virtual_best else None
         if recipe.prompts_per_step > len(self.prompts):

@@ -5,6 +5,11 @@ A task is a dataclass of options with prepare, batch, loss, evaluate and save: `
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+from flowrl.config import ConfigError, unknown
+
 _HERE = "flowrl.train.rewards"
 
 #: Tasks by the name that a recipe uses; imported when they are asked for.
@@ -16,3 +21,11 @@ TASKS: dict[str, str] = {
     "latent": f"{_HERE}.latent:Latent",
     "transport": f"{_HERE}.transport:Transport",
 }
+
+
+def find_task(name: str) -> Any:
+    """The class of a task. Raises ConfigError, with the nearest name, where there is none."""
+    if name not in TASKS:
+        raise ConfigError(unknown("task", name, TASKS))
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

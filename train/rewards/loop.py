@@ -9,7 +9,6 @@ had not been. Gradients are averaged over processes; evaluation, on the main pro
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import time
@@ -25,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowrl import record
-from flowrl.config import ConfigError, make, unknown
+from flowrl.config import ConfigError, make
 from flowrl.data import sample_seed
 from flowrl.reward_models.base import REWARD_FILE
 from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers, wind_up
-from flowrl.train.rewards import TASKS
+from flowrl.train.rewards import find_task
 from flowrl.train.rewards.recipe import RewardRecipe, load_reward_recipe
 
 __all__ = ["RewardRecipe", "RewardTrainer", "Task", "load_reward_recipe", "load_task", "picks", "positions", "seeds"]
@@ -61,10 +60,7 @@ def load_task(section: dict[str, Any]) -> Task:
     """The task of a recipe's section {name: ..., option: ...}. Raises ConfigError."""
     options = dict(section)
     name = options.pop("name", None)
-    if name not in TASKS:
-        raise ConfigError(unknown("task", str(name), TASKS))
-    module, _, attribute = TASKS[name].partition(":")
-    return make(getattr(importlib.import_module(module), attribute), options, "task")
+    return make(find_task(str(name)), options, "task")
 
 
 # ------------------------------------------------------------------------------------------------ batches
