@@ -188,6 +188,7 @@ def completion(text: str, first: list[tuple[str, float]] | None) -> dict[str, An
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     judge: Judge
+    asked: dict[str, Any] | None = None
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -209,12 +210,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, {"error": {"message": f"no {self.path} here"}})
             return
         how, count = self.judge.arrives(body, self.headers["Authorization"])
+        self.asked = body
         try:
             self.answer(body, how, count)
         except (BrokenPipeError, ConnectionResetError):
             pass  # a client that did not wait
         finally:
-            self.judge.leaves(body)
+            self.leave()
+
+    def leave(self) -> None:
+        """Counted before the answer goes out: the client's next question may be here before this thread goes on."""
+        if self.asked is not None:
+            self.judge.leaves(self.asked)
+            self.asked = None
 
     def answer(self, body: dict[str, Any], how: dict[str, str], count: int) -> None:
         time.sleep(float(how.get("slow", 0)))
@@ -250,6 +258,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, reply)
 
     def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        self.leave()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():

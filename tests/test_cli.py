@@ -117,7 +117,7 @@ def test_help_lists_commands_and_options():
         (["rewards.brightnes=1"], "rewards.brightnes: unknown reward 'brightnes'; did you mean brightness?"),
         (["rewards.no_such_module.f=1"], "rewards.no_such_module.f: reward 'no_such_module.f': cannot import no_such_module"),
         (["rewards.os.getcwdd=1"], "os has no function or class getcwdd"),
-        (["rewards.brightness=heavy"], "rewards.brightness: could not convert string to float: 'heavy'"),
+        (["rewards.brightness=heavy"], "rewards.brightness: the weight 'heavy' is not a number"),
         (["rewards.brightness=.nan"], "rewards.brightness: the weight nan is not a finite number"),
         (["eval_rewards.jpg_size=1"], "eval_rewards.jpg_size: unknown reward 'jpg_size'; did you mean jpeg_size?"),
         (["num_generations=1"], "num_generations=1: a group of one has no advantage"),
