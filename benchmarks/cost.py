@@ -28,7 +28,7 @@ from flowrl.policy import Policy
 from flowrl.samplers import CPS
 from flowrl.samplers.branching import branched_rollout
 from flowrl.train.objectives import GRPO
-from flowrl.train.trainer import PolicyPredict
+from flowrl.train.predict import PolicyPredict
 
 
 def timed(function: Callable[[], object]) -> float:

@@ -7,8 +7,8 @@ whatever the pipeline's own scheduler sees (packed for FLUX, Qwen-Image, LTX; wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Step:
     `flowrl.samplers.flow`), 1 for flow models. v: (B, ...) the velocity sampled from; None unless the objective asked for it.
     owner: None, or (B,) int64 where samples share states (branches): native and v then hold the U distinct states, and sample b
     stood in state owner[b]. One model call per distinct state serves all its samples.
+    group: (B,) int64, equal for the samples of one prompt. process: (B,) advantage of this very step by a process reward.
     """
 
     native: Tensor
@@ -50,6 +51,8 @@ class Step:
     scale_next: float = 1.0
     v: Tensor | None = None
     owner: Tensor | None = None
+    group: Tensor | None = None
+    process: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -73,9 +76,68 @@ class Step:
         """(B, ...) fp32, the sampled next state in flow coordinates."""
         return self.native_next.float() / self.scale_next
 
+    def select(self, rows: Tensor) -> Step:
+        """The same step of some of its samples, in this order. rows: (M,) int64."""
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows.to(values.device)]
+
+        states, owner = of(self.owner), None
+        if states is not None:
+            states, owner = states.unique(return_inverse=True)
+        kept = rows if states is None else states
+        return replace(
+            self,
+            native=self.native[kept.to(self.native.device)],
+            native_next=self.native_next[rows.to(self.native_next.device)],
+            log_prob=self.log_prob[rows.to(self.log_prob.device)],
+            v=None if self.v is None else self.v[kept.to(self.v.device)],
+            owner=owner,
+            group=of(self.group),
+            process=of(self.process),
+        )
+
     def gaussian(self, v: Tensor) -> Gaussian:
         """The step's distribution of next states for a velocity v (B, ...): the rule that sampled it, another policy."""
         return self.transition.transition(self.x, v, self.t, self.t_next, self.t_max)
+
+
+@dataclass
+class State:
+    """Somewhere off the recorded path. x: (B, ...) fp32 in flow coordinates. t: (B,) in (0, 1], 1 is noise."""
+
+    x: Tensor
+    t: Tensor
+
+
+@dataclass
+class Noised:
+    """Clean latents and the noise that they are to be told from, at times of their own: what a forward-process loss reads.
+
+    x0, noise: (B, ...) fp32. t: (B,) in (0, 1]. group: (B,) int64, equal for the samples of one prompt. map: (B, h, w) in [0, 1],
+    where the picture is good; None unless the objective asked for it.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    group: Tensor | None = None
+    map: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """(B, ...) fp32, x_t = (1 - t) x0 + t noise."""
+        t = self.t.to(self.x0).reshape(-1, *[1] * (self.x0.ndim - 1))
+        return (1 - t) * self.x0 + t * self.noise
+
+    @property
+    def target(self) -> Tensor:
+        """(B, ...) fp32, the velocity of this path: noise - x0."""
+        return self.noise - self.x0
+
+
+#: Where an objective asks for the velocity.
+Point: TypeAlias = Step | Noised | State
 
 
 @dataclass
@@ -85,7 +147,8 @@ class Samples:
     latents: (N, ...) final latents, in the pipeline's coordinates. images: (N, 3, H, W) or (N, F, 3, H, W) fp32 in [0, 1].
     group: (N,) int64, equal for the G samples of one prompt. seeds: one per sample: a sample depends on nothing else.
     steps: the recorded steps, noisiest first; each holds all N samples. references: (N, R, 3, H, W) in [0, 1], R pictures to
-    compare each sample with, for rewards that need them. fps: frames per second of clips.
+    compare each sample with, for rewards that need them. fps: frames per second of clips. maps: (N, h, w) in [0, 1], what a
+    reward says of every place.
     """
 
     prompts: list[Prompt]
@@ -96,6 +159,7 @@ class Samples:
     steps: list[Step] = field(default_factory=list)
     references: Tensor | None = None
     fps: float | None = None
+    maps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -111,7 +175,7 @@ class Samples:
         return {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
 
     def select(self, indices: Sequence[int] | Tensor) -> Samples:
-        """Some of the samples, in this order, without their recorded steps."""
+        """Some of the samples, in this order."""
         rows = torch.as_tensor(indices, dtype=torch.int64).cpu()
 
         def of(values: Tensor | None) -> Tensor | None:
@@ -123,8 +187,10 @@ class Samples:
             group=self.group[rows.to(self.group.device)],
             latents=self.latents[rows.to(self.latents.device)],
             images=of(self.images),
+            steps=[step.select(rows) for step in self.steps],
             references=of(self.references),
             fps=self.fps,
+            maps=of(self.maps),
         )
 
     def by_group(self) -> list[Tensor]:
@@ -158,7 +224,16 @@ def concatenate(parts: list[Samples]) -> Samples:
 
 @dataclass
 class Loss:
-    """What an objective returns: values (B,) fp32 with graph, and detached metrics, each a tensor (B,) or a float."""
+    """What an objective returns: values (n,) fp32 with graph, and detached metrics, each a tensor or a float.
+
+    values: one per sample, per pair or per group: the loop takes their mean over the whole update. penalty: (n,) likewise, added
+    to them, what does not depend on the advantages (a pull towards the reference): balancing leaves it alone.
+    """
 
     values: Tensor
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    penalty: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        return self.values if self.penalty is None else self.values + self.penalty

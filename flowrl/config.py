@@ -37,7 +37,7 @@ def option(default: Any, help: str) -> Any:
 class Recipe:
     """All options of `flowrl train`. Section options (objective, transition, steps) are a name plus that class's own fields."""
 
-    sections: ClassVar = ("objective", "transition", "steps", "references")
+    sections: ClassVar = ("objective", "transition", "steps", "times", "balance", "references")
 
     # -- what is trained
     model: str = option("tiny-sd3", "Model to align: an embedded name, a pipeline directory, or a hub id.")
@@ -67,6 +67,11 @@ class Recipe:
         "Pictures to compare with, for rewards that want them: {name: base} draws them by the model before training, ema by the "
         "averaged policy, folder takes them from `path`; count, best_of and by (a reward) choose among them.",
     )
+    data: str | None = option(
+        None,
+        "Train on these pictures instead of the policy's own: preference pairs (a .jsonl or .parquet file, a run, a folder with "
+        "chosen/, rejected/, prompts/), or a folder of pictures with captions.",
+    )
     eval_prompts: str | None = option(None, "Prompts of the evaluations during training; none by default.")
     eval_rewards: dict[str, Any] = option(
         {}, "Held-out rewards, measured in evaluations and never trained on; the training rewards are measured too."
@@ -81,6 +86,11 @@ class Recipe:
     )
     steps: dict[str, Any] = option(
         {"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, window, or backward."
+    )
+    times: dict[str, Any] = option(
+        {"name": "grid"},
+        "Objectives that noise clean latents: at which times. grid (those of the sampler), uniform or logit_normal; `count` of "
+        "them per sample and update, between `low` and `high`.",
     )
     solver: Literal["euler", "dpmpp2m"] = option(
         "euler",
@@ -106,6 +116,17 @@ class Recipe:
 
     # -- how the reward becomes an update
     objective: dict[str, Any] = option({"name": "grpo"}, "The method and its options.")
+    reference_weights: Literal["base", "ema", "old"] = option(
+        "base", "What the objective calls the reference: the model as it was, the averaged weights, or the slow copy `old`."
+    )
+    old_decay: list[float] = option(
+        [0, 0.001, 0.5],
+        "How the slow copy of the policy, from which some objectives sample, follows it: after each step it keeps "
+        "min(max, rate x (step - start)) of itself, given as [start, rate, max].",
+    )
+    balance: dict[str, Any] = option(
+        {"name": "none"}, "Several rewards: balance their gradients, not their values (marble, ...); none adds advantages up."
+    )
     prompts_per_step: int = option(16, "Prompts per training step, over all processes.")
     num_generations: int = option(8, "Samples per prompt: the group that advantages are relative to.")
     updates_per_step: int = option(1, "Optimiser updates per training step; the samples are split between them.")
@@ -190,6 +211,8 @@ class Recipe:
             raise ConfigError(
                 "train=full updates the weights themselves, which bfloat16 rounds; use dtype=float32 autocast=bfloat16"
             )
+        if len(self.old_decay) != 3 or not (self.old_decay[1] >= 0 and 0 <= self.old_decay[2] < 1):
+            raise ConfigError(f"old_decay={self.old_decay}: wants [start, rate, max], with rate >= 0 and max in [0, 1)")
         if not 0 <= self.lr_decay_from <= 1:
             raise ConfigError(f"lr_decay_from={self.lr_decay_from}: must lie in [0, 1]")
         whole = all(type(b) is int and b >= 2 for b in self.branches)
@@ -199,7 +222,7 @@ class Recipe:
             )
         if self.branch_spread is not None and not (self.branch_spread > 0 and self.branches):
             raise ConfigError(f"branch_spread={self.branch_spread}: must be positive, and goes with branches")
-        if not self.rewards:
+        if not self.rewards and self.data is None:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
         if self.eval_steps and not self.eval_prompts:
             raise ConfigError("eval_steps is set but eval_prompts is not: name the prompts to evaluate on")
@@ -373,11 +396,17 @@ class Plan:
 
     recipe: Recipe
     world_size: int
-    trained_steps: int
+    trained_steps: int  #: Points with gradient per sample: recorded steps, or noised times.
+    rows: int | None = None  #: Per prompt; num_generations by default.
+    whole_groups: bool = False  #: The rows of a prompt must lie in one batch.
+
+    @property
+    def group_size(self) -> int:
+        return self.rows or self.recipe.num_generations
 
     @property
     def images_per_step(self) -> int:
-        return self.recipe.prompts_per_step * self.recipe.num_generations
+        return self.recipe.prompts_per_step * self.group_size
 
     @property
     def images_per_update(self) -> int:
@@ -410,18 +439,24 @@ class Plan:
                 f"batch_size={r.batch_size} does not divide the {per} images of an update "
                 f"(prompts_per_step x num_generations / processes / updates_per_step); use {', '.join(map(str, sorted(valid)))}"
             )
+        if self.whole_groups and self.batch_size % self.group_size:
+            raise ConfigError(
+                f"batch_size={r.batch_size}: {r.objective['name']} compares the {self.group_size} samples of a prompt, so a "
+                f"batch holds whole groups; use a multiple of {self.group_size} that divides {self.images_per_update}"
+            )
         return self
 
     def table(self) -> list[tuple[str, str]]:
         r = self.recipe
         calls = self.images_per_step * r.num_inference_steps
         updates = self.images_per_step * self.trained_steps
+        rows = f"{self.group_size} {'of the data' if r.data else 'generations'}"
         return [
             ("prompts per step", str(r.prompts_per_step)),
-            ("images per step", f"{self.images_per_step} = {r.prompts_per_step} prompts x {r.num_generations} generations"),
+            ("images per step", f"{self.images_per_step} = {r.prompts_per_step} prompts x {rows}"),
             ("updates per step", f"{r.updates_per_step}, each over {self.images_per_step // r.updates_per_step} images"),
             ("batches per update", f"{self.images_per_update // self.batch_size} of {self.batch_size} images"),
-            ("trained steps", f"{self.trained_steps} of {r.num_inference_steps} denoising steps"),
+            ("trained points", f"{self.trained_steps} per image; {r.num_inference_steps} denoising steps in a rollout"),
             ("gradient accumulation", f"{self.gradient_accumulation_steps} backward passes per update and process"),
             ("denoiser calls per step", f"{calls} images x steps in rollout, {updates} with gradient"),
             ("steps", f"{r.max_steps} ({r.max_steps * self.images_per_step} images)"),

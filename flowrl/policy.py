@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Policy:
         self.snapshots: dict[str, dict[str, Tensor]] = {}
         self.wearing = "policy"
         self._memo = _PromptMemo(pipe)
+        self._grids: dict[str, Grid] = {}
 
     @classmethod
     def load(
@@ -239,6 +240,7 @@ class Policy:
         stop: int | None = None,
         stride: int = 1,
         solver: str = "euler",
+        record: Sequence[int] = (),
         **call: Any,
     ) -> Samples:
         """Sample one batch without gradient and record the stochastic steps.
@@ -246,6 +248,7 @@ class Policy:
         prompts, seeds: B each; a sample depends on its own prompt and seed only. stochastic: indices of the steps that follow
         `transition`; the others follow the ODE, by `solver` ("euler", or "dpmpp2m" of second order). init_seeds: seeds of the
         initial noise where they differ (shared inside a group).
+        record: steps of the ODE to record too.
         A part of a trajectory: from `latents` (B, ...) at node `start` of the grid, over every `stride`-th node, to `stop`.
         """
         items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
@@ -256,7 +259,7 @@ class Policy:
             )
         seeds = [int(seed) for seed in seeds]
         rngs = generators(seeds, offset=1)
-        drive = Rollout(self.pipe, transition, list(stochastic), rngs, keep_velocity, start, stop, stride, solver)
+        drive = Rollout(self.pipe, transition, list(stochastic), rngs, keep_velocity, start, stop, stride, solver, record)
         partial = latents is not None or stop is not None
         final: list[Tensor] = []
         if "callback_on_step_end" in self._parameters:  # sees the state after the pipeline's own edits (inpainting blends)
@@ -314,7 +317,7 @@ class Policy:
         else:
             assert t is not None, "a state needs its times"
             drive = Replay(self.pipe, t=t)
-            native = self.grid(**call).to_native(at, t, self._state_dtype)
+            native = self._facts(**call).to_native(at, t, self._state_dtype)
         self._run(prompts, drive, native, generator=generators([0] * len(prompts)), output_type="latent", **call)
         if drive.velocity is None:
             raise Unservable(f"{self.name} did not call its scheduler at the requested step")
@@ -350,6 +353,67 @@ class Policy:
                 )
                 parts.append(output[0].float())
         return torch.cat(parts)
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1] as final latents (N, ...), without gradient.
+
+        The mean of the autoencoder's posterior, then the pipeline's own tail backwards. From latents to what its `vae.decode` is
+        given that tail scales, shifts and reorders every number by itself, z = P (a x + b), so that two runs of it and one
+        vector-Jacobian product give x = P^T (a (z - b) / a^2): what each pipeline does to its latents need not be known.
+        Raises Unservable for a pipeline without such an autoencoder.
+        """
+        vae = getattr(self.pipe, "vae", None)
+        if not hasattr(vae, "encode") or not hasattr(vae, "decode"):
+            raise Unservable(f"{self.name} has no autoencoder that encodes pictures")
+        inputs = pictures if pictures.ndim == 4 else pictures.transpose(1, 2)
+        first = next(vae.parameters())
+        with torch.no_grad():
+            posterior = vae.encode((2 * inputs - 1).to(first)).latent_dist
+            z = (posterior.mean if hasattr(posterior, "mean") else posterior.mode()).float()
+        like = self._start_latents(len(pictures))
+
+        def tail(latents: Tensor) -> Tensor:
+            given: list[Tensor] = []
+
+            def decode(latent: Tensor, *_: Any, **__: Any) -> Any:
+                given.append(latent)
+                raise _Seen
+
+            with _replaced(vae, "decode", decode), suppress(_Seen):
+                self.decode(latents, batch_size=len(latents), with_graph=True)
+            return given[0].float()
+
+        with torch.enable_grad():
+            x = torch.zeros_like(like, dtype=torch.float32, requires_grad=True)
+            b = tail(x)
+            a = tail(torch.ones_like(x)).detach() - b.detach()
+            if b.shape != z.shape and b.numel() == z.numel():
+                z = z.reshape(b.shape)
+            if b.shape != z.shape:
+                raise ValueError(
+                    f"pictures of {pictures.shape[-1]} x {pictures.shape[-2]} pixels give latents {tuple(z.shape[1:])}, this "
+                    f"pipeline's call wants {tuple(b.shape[1:])}: set height and width, or resize the pictures"
+                )
+            (latents,) = torch.autograd.grad(b, x, (z - b.detach()) / a)
+        return latents
+
+    def _start_latents(self, count: int) -> Tensor:
+        """The shape of latents of this call: (count, ...)."""
+        drive = Trunk(self.pipe, 0, 0)
+        with torch.no_grad():
+            self._run([""], drive, generator=generators([0]), output_type="latent")
+        return drive.native.new_zeros(count, *drive.native.shape[1:])
+
+    @property
+    def times(self) -> list[float]:
+        """The times that a call with the policy's own arguments visits, from noise to the end; asked once for each such call."""
+        return self._facts().t
+
+    def _facts(self, **call: Any) -> Grid:
+        key = repr(sorted({**self.call, **call}.items()))
+        if key not in self._grids:
+            self._grids[key] = self.grid(**call)
+        return self._grids[key]
 
     def grid(self, **call: Any) -> Grid:
         """The time grid of a call, without running the denoiser."""
@@ -445,6 +509,20 @@ def _left_out(path: Path | str) -> dict[str, None]:
     index = Path(path) / "model_index.json"
     components = json.loads(index.read_text()) if index.is_file() else {}
     return {name: None for name, entry in components.items() if entry == [None, None]}
+
+
+class _Seen(Exception):
+    """What was asked for has passed by."""
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object, for the time of the block."""
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def _undecorated_call(pipe: Any) -> Callable[..., Any]:

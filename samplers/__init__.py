@@ -1,6 +1,6 @@
 """How a trajectory is drawn: the flow and its coordinates, the Gaussian steps, and which steps are stochastic."""
 
-from flowrl.samplers.schedules import SCHEDULES, AllButLast, Backward, Fraction, Window, t_max_of, time_grid
+from flowrl.samplers.schedules import SCHEDULES, TIMES, AllButLast, Backward, Fraction, Window, t_max_of, time_grid
 from flowrl.samplers.transitions import (
     CPS,
     DDIM,
@@ -21,6 +21,7 @@ __all__ = [
     "GLASS",
     "ODE",
     "SCHEDULES",
+    "TIMES",
     "TRANSITIONS",
     "AllButLast",
     "Backward",

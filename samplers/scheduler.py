@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -221,6 +221,7 @@ class Rollout(Drive):
     """Sample a trajectory. Steps in `stochastic` follow `transition` and are recorded; the others follow the ODE.
 
     generators: one per sample, for the noise of the steps. keep_velocity: store v with each step. solver: one of `SOLVERS`.
+    record: steps of the ODE to record too, as deterministic ones.
     start, stop, stride: visit only the grid's nodes start, start + stride, ..., stop (the end unless given), in as many steps.
     """
 
@@ -235,13 +236,14 @@ class Rollout(Drive):
         stop: int | None = None,
         stride: int = 1,
         solver: str = "euler",
+        record: Sequence[int] = (),
     ):
         super().__init__(pipe)
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is unknown: use {' or '.join(map(repr, SOLVERS))}")
         self.multistep = DPMpp2M() if solver == "dpmpp2m" else None
         self.transition, self.stochastic, self.generators = transition, frozenset(stochastic), generators
-        self.keep_velocity = keep_velocity
+        self.keep_velocity, self.record = keep_velocity, frozenset(record)
         self.start, self.stop, self.stride = start, stop, stride
         self.steps: list[Step] = []
         self.latents: Tensor | None = None
@@ -258,6 +260,8 @@ class Rollout(Drive):
         v = grid.velocity(native, output, grid.t[i])
         if i not in self.stochastic:
             self.latents = self.ode_step(native, v, i, following)
+            if i in self.record:
+                self.steps.append(self._deterministic(native, v, i, following))
             return self.latents
         if self.multistep:
             self.multistep.reset()
@@ -271,6 +275,23 @@ class Rollout(Drive):
         step.v = v.clone() if self.keep_velocity else None
         self.steps.append(step)
         return self.latents
+
+    def _deterministic(self, native: Tensor, v: Tensor, i: int, following: int) -> Step:
+        grid, end = self.grid, self.latents
+        assert end is not None
+        return Step(
+            native=native.clone(),
+            native_next=end.clone(),
+            t=grid.t[i],
+            t_next=grid.t[following],
+            t_max=grid.t_max,
+            log_prob=torch.zeros(len(native)),
+            index=i,
+            transition=ODE(),
+            scale=grid.scale(grid.t[i]),
+            scale_next=grid.scale(grid.t[following]),
+            v=v.clone() if self.keep_velocity else None,
+        )
 
     def ode_step(self, native: Tensor, v: Tensor, i: int, following: int) -> Tensor:
         grid = self.grid

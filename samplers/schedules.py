@@ -9,7 +9,7 @@ ranks and all members of a group share it, a random one is drawn anew for each u
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,6 +135,64 @@ class Backward:
     def steps(self, num_steps: int, seed: int, update: int) -> list[int]:
         end = _trainable(num_steps)
         return list(range(max(0, end - self.size - update // self.every), end))
+
+
+# -- times of a forward process ------------------------------------------------------------------------------------------------
+#
+# Answers `at(u, grid)`: times (B,) for quantiles u (B,) in [0, 1), strictly between 0 and 1 or equal to 1 at most.
+
+
+@dataclass(frozen=True)
+class Times:
+    """At which times clean latents are noised to train on them. Quantiles are stratified: `count` even strata per sample."""
+
+    count: int = 4  #: Times per sample and update, each a denoiser call with gradient.
+    low: float = 0.0  #: Smallest time. Errors near 0 are of the grain alone.
+    high: float = 0.99  #: Largest time. At 1 there is nothing but noise.
+    shared: bool = False  #: One time for the whole batch: wanted where guidance is on, and by models of two experts.
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"count={self.count}, low={self.low}, high={self.high}: at least 1, and 0 <= low < high <= 1")
+
+    def at(self, u: Tensor, grid: Sequence[float]) -> Tensor:
+        raise NotImplementedError
+
+    def _within(self, t: Tensor) -> Tensor:
+        return t.clamp(max(self.low, 1e-3), self.high)
+
+
+@dataclass(frozen=True)
+class GridTimes(Times):
+    """Those of the sampler's own grid (DiffusionNFT, arXiv 2509.16117): what is trained is what is asked for later."""
+
+    def at(self, u: Tensor, grid: Sequence[float]) -> Tensor:
+        times = torch.tensor([t for t in grid if max(self.low, 1e-6) <= t <= self.high])
+        if not len(times):
+            raise ValueError(f"no time of the grid lies within low={self.low} and high={self.high}")
+        return times[(u * len(times)).long()]
+
+
+@dataclass(frozen=True)
+class UniformTimes(Times):
+    """Even over [low, high]."""
+
+    def at(self, u: Tensor, grid: Sequence[float]) -> Tensor:
+        return self._within(self.low + (self.high - self.low) * u)
+
+
+@dataclass(frozen=True)
+class LogitNormalTimes(Times):
+    """t = sigmoid(mean + std z), z normal: mostly the middle, as flow models are pretrained (SD3, arXiv 2403.03206)."""
+
+    mean: float = 0.0  #: Larger: noisier.
+    std: float = 1.0  #: Spread before the sigmoid.
+
+    def at(self, u: Tensor, grid: Sequence[float]) -> Tensor:
+        return self._within((self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))).sigmoid())
+
+
+TIMES = {"grid": GridTimes, "uniform": UniformTimes, "logit_normal": LogitNormalTimes}
 
 
 SCHEDULES = {"all_but_last": AllButLast, "fraction": Fraction, "window": Window, "backward": Backward}

@@ -13,7 +13,7 @@ from flowrl.samplers import CPS, DDIM, Backward, FlowSDE
 from flowrl.samplers.branching import branched_rollout, correlated, tree_seeds
 from flowrl.samplers.scheduler import Unservable
 from flowrl.train import GRPO
-from flowrl.train.trainer import PolicyPredict
+from flowrl.train.predict import PolicyPredict
 from tests.pipelines import CALL, GUIDED, tiny
 
 PROMPTS = ["a red circle"] * 3 + ["two green squares"] * 3

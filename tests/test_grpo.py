@@ -76,7 +76,7 @@ def test_gradient_against_finite_differences():
     v_ref = v - 0.1
 
     def value(w):
-        return objective.loss(Fixed(w.float(), v_ref), step, A).values.sum()
+        return objective.loss(Fixed(w.float(), v_ref), step, A).total.sum()
 
     w = v0.clone().requires_grad_()
     value(w).backward()
@@ -154,12 +154,12 @@ def test_without_beta_no_reference_is_asked_for():
 def test_splitting_a_batch_changes_nothing():
     step, v, _ = make_step(batch=4)
     A = torch.tensor([1.0, -1.0, 0.5, 2.0])
-    whole = GRPO(beta=0.1).loss(Fixed(v + 0.01, v), step, A).values
+    whole = GRPO(beta=0.1).loss(Fixed(v + 0.01, v), step, A).total
     parts = []
     for half in (slice(0, 2), slice(2, 4)):
         states = step.native[half], step.native_next[half]
         part = Step(*states, step.t, step.t_next, step.t_max, step.log_prob[half], 1, step.transition)
-        parts.append(GRPO(beta=0.1).loss(Fixed(v[half] + 0.01, v[half]), part, A[half]).values)
+        parts.append(GRPO(beta=0.1).loss(Fixed(v[half] + 0.01, v[half]), part, A[half]).total)
     assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
 
 

@@ -15,7 +15,7 @@ from flowrl.evaluate import Protocol, compare, evaluate
 from flowrl.record import LORA_FILE, load_trained, read_metrics
 from flowrl.reward_models import load_reward
 from flowrl.train.objectives import GRPO
-from flowrl.train.trainer import PolicyPredict
+from flowrl.train.predict import PolicyPredict
 from tests.pipelines import CALL, DENOISER, GUIDED, tiny
 
 TIMES = ("rollout_time", "decode_time", "score_time", "update_time", "step_time")
@@ -127,9 +127,9 @@ def test_the_second_update_of_a_rollout_is_off_policy(recipe, tmp_path):
     seen = []
 
     class Watched(Trainer):
-        def backward(self, batch, advantage, gathered):
+        def backward(self, batch, advantage, gathered, rows=None):
             own = type(gathered)()
-            super().backward(batch, advantage, own)
+            super().backward(batch, advantage, own, rows)
             for name, entry in own.sums.items():
                 gathered.sums[name] += entry
             seen.append((self.progress.updates, {k: float(v[0] / v[1]) for k, v in own.sums.items()}))
@@ -153,7 +153,7 @@ def test_kl_has_a_gradient_after_a_step_under_autocast(recipe, tmp_path):
     batch = next(trainer.rollout(2))
     loss = trainer.objective.loss(PolicyPredict(trainer.policy, batch), batch.steps[0], torch.zeros(4))
     assert (loss.metrics["kl"] > 1e-4).all()
-    loss.values.sum().backward()
+    loss.total.sum().backward()
     gradients = {key: p.grad for key, p in trainer.policy.trainable().items() if p.grad is not None and p.grad.any()}
     assert len(gradients) > len(trainer.policy.trainable()) / 2
     with torch.no_grad():

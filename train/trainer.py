@@ -16,22 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowrl import record
-from flowrl.batch import Prompt, Samples, Step, concatenate
+from flowrl.batch import Noised, Prompt, Samples, Step, concatenate
 from flowrl.config import ConfigError, Plan, Recipe, build, unknown
-from flowrl.data import load_prompts, prompt_order, sample_seed
+from flowrl.data import generators, load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
 from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.references import attach, references_of
 from flowrl.reward_models.base import LearningReward, Reward, load_rewards, parts_of, traits_of
-from flowrl.samplers import GLASS, SCHEDULES, TRANSITIONS, Transition
+from flowrl.samplers import GLASS, SCHEDULES, TIMES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
+from flowrl.samplers.schedules import Times
 from flowrl.train import watch
 from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
 from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers, wind_up
 from flowrl.train.objectives import OBJECTIVES
+from flowrl.train.offline import Data
+from flowrl.train.predict import PolicyPredict
 from flowrl.train.scoring import Scoring
 
 
@@ -59,7 +63,11 @@ class Trainer:
 
         self.recipe = recipe
         self.objective, self.transition, self.schedule, trained = parts(recipe)
-        self.prompts = load_prompts(prompts if prompts is not None else recipe.prompts)
+        self.times: Times = build(recipe.times, TIMES, "times")
+        self.data = Data.load(recipe.data, self.objective.needs) if recipe.data else None
+        self.prompts = (
+            load_prompts(prompts if prompts is not None else recipe.prompts) if self.data is None else self.data.prompts
+        )
         self.eval_prompts = load_prompts(recipe.eval_prompts) if recipe.eval_prompts else []
         self.rewards, self.weights = _rewards(rewards if rewards is not None else recipe.rewards, recipe)
         self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards")[0]}
@@ -70,16 +78,22 @@ class Trainer:
                 f"confidence={recipe.confidence}: no reward of this run that knows its doubt; those that do: "
                 f"{', '.join(doubters) or 'none; add one, as in rewards.u={name: uncertain, of: NAME} confidence=u'}"
             )
+        if self.data is None and not self.rewards:
+            raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
+        self.weights_row = torch.tensor([self.weights[name] for name in self.rewards])
         self.best = _best(self.rewards, self.weights, recipe) if recipe.virtual_best else None
         if recipe.prompts_per_step > len(self.prompts):
             raise ConfigError(
-                f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of {recipe.prompts}"
+                f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of "
+                f"{recipe.data or recipe.prompts}"
             )
 
         self.folder = Path(recipe.output_dir)
         self.accelerator = Accelerator(log_with=trackers(recipe.report_to) or None, project_dir=self.folder / "tracker")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.plan = Plan(recipe, self.world, len(trained)).check()
+        size = recipe.num_generations if self.data is None else self.data.rows
+        points = self.times.count if self.objective.needs.points == "noised" else len(trained)
+        self.plan = Plan(recipe, self.world, points, size, self.objective.needs.unit != "sample").check()
         self.checkpoint = record.find_checkpoint(recipe)
         self.changed = record.check_resumable(self.checkpoint, recipe) if self.checkpoint else []
         if policy is None:
@@ -194,6 +208,30 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One training step: sample, score, update. Returns its metrics."""
         recipe, clock = self.recipe, _Clock()
+        if self.data is None:
+            batches, samples, scores, advantage, metrics = self.collect(clock)
+        else:
+            batches, samples, advantage = self.recall(clock)
+            scores, metrics = torch.zeros(len(samples), 0), {}
+        if self.progress.updates == 0 and recipe.checks:
+            watch.preflight(self, batches, scores)
+        metrics.update(self.update(batches, advantage))
+        if self.objective.needs.old:
+            self.policy.blend("old", old_decay(recipe.old_decay, self.progress.step))
+        clock.lap("update_time")
+        self.progress.step += 1
+        self.progress.images += self.plan.images_per_step
+        if (
+            self.is_main
+            and self.data is None
+            and self.recipe.samples_steps
+            and (self.progress.step % self.recipe.samples_steps == 0 or self.progress.step == 1)
+        ):
+            record.write_samples(self.folder, self.progress.step, samples, scores, list(self.rewards), advantage)
+        return {**metrics, "images": float(self.progress.images), **clock.laps, "step_time": sum(clock.laps.values())}
+
+    def collect(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor, Tensor, dict[str, float]]:
+        """The policy's own samples: batches with their recorded steps, all as one, scores (N, K), advantages (N,), metrics."""
         batches = []
         with Scoring(self.rewards) as scoring:
             for batch in self.rollout(self.progress.step):
@@ -208,39 +246,53 @@ class Trainer:
             scores = scoring.finish(samples)
         clock.lap("score_time")
         advantage, metrics = self.advantages(scores, samples.group)
-        if recipe.confidence is not None:
-            doubter: Any = self.rewards[recipe.confidence]
+        if self.recipe.confidence is not None:
+            doubter: Any = self.rewards[self.recipe.confidence]
             advantage = advantage * doubter.confidence(samples).cpu()
         for label, reward in self.learning.items():
             learnt = reward.update(samples, partial(self.accelerator.reduce, reduction="mean"))
             metrics.update({f"rewards/{label}/{name}": value for name, value in learnt.items()})
             clock.lap("learn_time")
-        if self.progress.updates == 0 and recipe.checks:
-            watch.preflight(self, batches, scores)
-        metrics.update(self.update(batches, advantage))
-        clock.lap("update_time")
-        self.progress.step += 1
-        self.progress.images += self.plan.images_per_step
-        if (
-            self.is_main
-            and self.recipe.samples_steps
-            and (self.progress.step % self.recipe.samples_steps == 0 or self.progress.step == 1)
-        ):
-            record.write_samples(self.folder, self.progress.step, samples, scores, list(self.rewards), advantage)
-        return {**metrics, "images": float(self.progress.images), **clock.laps, "step_time": sum(clock.laps.values())}
+        return batches, samples, scores, advantage, metrics
 
-    def rollout(self, step: int) -> Iterator[Samples]:
-        """This process's share of the step's samples, batch by batch, ordered by update. A group never leaves its process."""
+    def recall(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor]:
+        """This process's share of the step's data: batches, all as one, and advantages (N,), 1 to do and -1 not to."""
+        assert self.data is not None
+        parts = [
+            self.data.batch(
+                [(position, self._order(self.progress.step)[position]) for position in places],
+                self.policy,
+                self.recipe,
+                self.progress.step,
+            )
+            for places in self._places(self.plan.group_size)
+        ]
+        clock.lap("data_time")
+        batches = [batch for batch, _ in parts]
+        return batches, concatenate(batches), torch.cat([advantage for _, advantage in parts])
+
+    def _order(self, step: int) -> list[int]:
+        return prompt_order(len(self.prompts), self.recipe.prompts_per_step, step, self.recipe.seed)
+
+    def _places(self, size: int) -> list[list[int]]:
+        """This process's positions among the step's prompts, batch by batch, ordered by update; each stands for `size` rows."""
         recipe = self.recipe
-        order = prompt_order(len(self.prompts), recipe.prompts_per_step, step, recipe.seed)
-        stochastic = self.schedule.steps(recipe.num_inference_steps, recipe.seed, step)
         share = recipe.prompts_per_step // recipe.updates_per_step // self.world
-        positions = [
+        places = [
             position
             for update in range(recipe.updates_per_step)
             for position in range((update * self.world + self.rank) * share, (update * self.world + self.rank + 1) * share)
         ]
-        items = [(position, g) for position in positions for g in range(recipe.num_generations)]
+        per_batch = max(1, self.plan.batch_size // size)
+        return [places[start : start + per_batch] for start in range(0, len(places), per_batch)]
+
+    def rollout(self, step: int) -> Iterator[Samples]:
+        """This process's share of the step's samples, batch by batch, ordered by update. A group never leaves its process."""
+        recipe, needs = self.recipe, self.objective.needs
+        order = self._order(step)
+        chosen = [] if needs.points == "noised" else self.schedule.steps(recipe.num_inference_steps, recipe.seed, step)
+        stochastic, nodes = (chosen, []) if needs.trajectory else ([], chosen)
+        items = [(position, g) for places in self._places(1) for position in places for g in range(recipe.num_generations)]
         for start in range(0, len(items), self.plan.batch_size):
             part = items[start : start + self.plan.batch_size]
             draw: Any = self.policy.rollout
@@ -250,15 +302,20 @@ class Trainer:
                 draw = partial(
                     branched_rollout, self.policy, init_seeds=init_seeds, noise_seeds=noise_seeds, spread=recipe.branch_spread
                 )
-            yield draw(
-                [self.prompts[order[position]] for position, _ in part],
-                [sample_seed(recipe.seed, step, position, g) for position, g in part],
-                transition=self.transition,
-                stochastic=stochastic,
-                group=torch.tensor([step * recipe.prompts_per_step + position for position, _ in part]),
-                keep_velocity=self.objective.needs.sampled_velocity,
-                solver=recipe.solver,
-            )
+            with self.policy.using("old" if needs.old else "policy"):
+                batch = draw(
+                    [self.prompts[order[position]] for position, _ in part],
+                    [sample_seed(recipe.seed, step, position, g) for position, g in part],
+                    transition=self.transition if needs.trajectory else None,
+                    stochastic=stochastic,
+                    group=torch.tensor([step * recipe.prompts_per_step + position for position, _ in part]),
+                    keep_velocity=needs.sampled_velocity,
+                    solver=recipe.solver,
+                    **({"record": nodes} if nodes else {}),
+                )
+            for recorded in batch.steps:
+                recorded.group = batch.group
+            yield batch
 
     def advantages(self, scores: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Advantages (N,) of this process's samples, computed over all processes, and the rewards' metrics."""
@@ -270,7 +327,7 @@ class Trainer:
                     f"reward {name!r} abstained (NaN) on every sample of step {self.progress.step + 1}: "
                     "does it fit these prompts?"
                 )
-        weights = torch.tensor([self.weights[name] for name in self.rewards])
+        weights = self.weights_row
         all_advantages = advantages(rewards, groups, weights, self.recipe.aggregation, self.recipe.scale_rewards, best=self.best)
         count = len(group)
         _, std, _ = group_mean_std(rewards, groups)
@@ -291,30 +348,86 @@ class Trainer:
         recipe = self.recipe
         gathered = _Metrics()
         per_update = len(batches) // recipe.updates_per_step
-        split = advantage.split([len(batch) for batch in batches])
-        norms = []
+        split = self.chosen(batches, advantage)
+        norms, kept = [], []
         for start in range(0, len(batches), per_update):
-            part = range(start, start + per_update)
-            for j in part:
-                self.backward(batches[j], split[j], gathered)
+            part = split[start : start + per_update]
+            rows = self._sum(sum(len(values) for _, values in part))
+            for batch, values in part:
+                if len(values):
+                    self.backward(batch, values, gathered, rows)
             norms.append(self.apply())
-        return {
-            **gathered.means(self.accelerator),
-            "grad_norm": sum(norms) / len(norms),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+            kept.append(rows)
+        metrics = gathered.means(self.accelerator)
+        if hasattr(self.objective, "choose"):
+            metrics["rows"] = sum(kept)
+        return {**metrics, "grad_norm": sum(norms) / len(norms), "learning_rate": self.optimizer.param_groups[0]["lr"]}
 
-    def backward(self, batch: Samples, advantage: Tensor, gathered: _Metrics) -> None:
-        """Add the gradient of one batch: the objective's mean over all samples of the update and all trained steps."""
-        if not bool(advantage.any()) and not self.objective.needs.reference:
+    def chosen(self, batches: list[Samples], advantage: Tensor) -> list[tuple[Samples, Tensor]]:
+        """The rows of each batch that the objective trains on, and their advantages: all, or those that its `choose` names."""
+        if not hasattr(self.objective, "choose"):
+            return list(zip(batches, advantage.split([len(batch) for batch in batches]), strict=True))
+        samples = concatenate(batches)
+        rows, values = self.objective.choose(samples, advantage)
+        parts, start = [], 0
+        for batch in batches:
+            own = (rows >= start) & (rows < start + len(batch))
+            parts.append((batch.select(rows[own] - start), values[own]))
+            start += len(batch)
+        return parts
+
+    def backward(self, batch: Samples, advantage: Tensor, gathered: _Metrics, rows: int | None = None) -> None:
+        """Add the gradient of one batch: the objective's mean over all trained rows of the update and all points.
+
+        rows: how many rows the update has in all processes; the plan's number by default.
+        """
+        needs = self.objective.needs
+        if needs.trajectory and not bool(advantage.any()) and not needs.reference:
             return  # no signal in this batch, and no pull towards the reference: its gradient is zero
-        predict = PolicyPredict(self.policy, batch)
-        share = 1 / (self.plan.images_per_update * self.world * len(batch.steps))
+        rows = rows or self.plan.images_per_update * self.world
+        predict = self.predict(batch)
         advantage = advantage.to(batch.latents.device)
-        for step in batch.steps:
-            loss = self.objective.loss(predict, step, advantage)
-            (loss.values.sum() * share).backward()
-            gathered.add(loss.metrics, step.t)
+        for point, count in self.points(batch):
+            loss = self.objective.loss(predict, point, advantage)
+            values = loss.total
+            (values.sum() * (len(advantage) / (len(values) * rows * count))).backward()
+            predict.forget()
+            gathered.add(loss.metrics, point.t)
+
+    def predict(self, batch: Samples) -> PolicyPredict:
+        return PolicyPredict(
+            self.policy,
+            batch,
+            reference=self.recipe.reference_weights,
+            rewards=self.rewards,
+            weights=self.weights_row,
+            accelerator=self.accelerator,
+        )
+
+    def points(self, batch: Samples) -> Iterator[tuple[Step | Noised, int]]:
+        """Where the objective is asked about a batch, and at how many points: recorded steps, or fresh noise on final latents."""
+        needs = self.objective.needs
+        if needs.points != "noised":
+            yield from ((step, len(batch.steps)) for step in batch.steps)
+            return
+        size = {"sample": 1, "pair": 2}.get(needs.unit)
+        heads = [i - i % size for i in range(len(batch))] if size else [int((batch.group == g).nonzero()[0]) for g in batch.group]
+        own = [sample_seed(seed, self.progress.step) for seed in batch.seeds]
+        rngs = generators([own[i] for i in heads] if needs.shared_noise else own, offset=1)
+        u = torch.stack([torch.rand(1, generator=rng)[0] for rng in generators(own)])[heads]
+        if self.times.shared:
+            u = torch.rand(1, generator=generators([sample_seed(self.recipe.seed, self.progress.step)])[0]).expand(len(batch))
+        x0 = batch.latents.float()
+        for j in range(self.times.count):
+            t = self.times.at((j + u) / self.times.count, self.policy.times)
+            noise = randn_tensor(x0.shape, generator=rngs, device=x0.device, dtype=torch.float32)
+            yield Noised(x0, noise, t.to(x0.device), batch.group, batch.maps), self.times.count
+
+    def _sum(self, value: int) -> int:
+        """Over all processes."""
+        if self.world == 1:
+            return value
+        return int(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum"))
 
     def apply(self) -> float:
         """Sum gradients over processes, clip, step, average. Returns the gradient's norm."""
@@ -409,34 +522,24 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------ helpers
 
 
-class PolicyPredict:
-    """`Predict` for one batch: its prompts, the policy's weights, the sampler's noise."""
-
-    def __init__(self, policy: Policy, batch: Samples):
-        self.policy, self.texts = policy, batch.texts
-        stds = [float(torch.as_tensor(step.transition.std(step.t, step.t_next, step.t_max))) for step in batch.steps]
-        self.mean_std = sum(stds) / max(len(stds), 1)
-
-    def __call__(self, step: Step) -> Tensor:
-        return self.policy.velocity(self.texts, step)
-
-    def reference(self, step: Step) -> Tensor:
-        with torch.no_grad(), self.policy.using("reference"):
-            return self.policy.velocity(self.texts, step)
-
-
 class _Metrics:
     """Means over samples of an objective's metrics, overall and per tenth of the time axis (`clip_ratio/t0.8`)."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
 
-    def add(self, metrics: dict[str, Any], t: float) -> None:
+    def add(self, metrics: dict[str, Any], t: float | Tensor) -> None:
         for name, value in metrics.items():
             value = torch.as_tensor(value, dtype=torch.float64).cpu().reshape(-1)
-            entry = torch.stack([value.sum(), torch.tensor(float(len(value)), dtype=torch.float64)])
-            self.sums[name] += entry
-            self.sums[f"{name}/t{t:.1f}"] += entry
+            self.sums[name] += torch.stack([value.sum(), torch.tensor(float(len(value)), dtype=torch.float64)])
+            times = torch.as_tensor(t, dtype=torch.float64).cpu().reshape(-1)
+            times = (
+                times[:: max(1, len(times) // len(value))] if len(times) > 1 else times.expand(len(value))
+            )  # a pair, a group: one
+            tenths = (10 * times[: len(value)]).round().long()
+            for tenth in tenths.unique().tolist():
+                own = value[tenths == tenth]
+                self.sums[f"{name}/t{tenth / 10:.1f}"] += torch.tensor([float(own.sum()), float(len(own))], dtype=torch.float64)
 
     def means(self, accelerator: Any) -> dict[str, float]:
         sums = self.sums
@@ -478,6 +581,8 @@ def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
             f"{recipe.objective['name']} needs a stochastic sampler, {transition} is deterministic: "
             "choose flow_sde, cps, dance_sde or ddim, with noise"
         )
+    if objective.needs.points == "noised":
+        return objective, transition, schedule, []
     try:
         trained = schedule.steps(recipe.num_inference_steps, recipe.seed, 0)
     except ValueError as error:
@@ -556,6 +661,12 @@ def _postfix(metrics: dict[str, float]) -> str:
         "step_time": "s",
     }
     return "  ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics)
+
+
+def old_decay(schedule: Sequence[float], step: int) -> float:
+    """What the slow copy keeps of itself after step `step` (0, 1, ...): min(max, rate (step - start)); 0 copies the policy."""
+    start, rate, top = schedule
+    return min(top, rate * max(0.0, step - start))
 
 
 def set_threads() -> None:

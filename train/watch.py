@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flowrl.batch import Samples
+from flowrl.batch import Point, Samples
 
 if TYPE_CHECKING:
+    from flowrl.train.predict import PolicyPredict
     from flowrl.train.trainer import Trainer
 
 
@@ -19,12 +20,19 @@ class CheckFailed(RuntimeError):
 
 def preflight(trainer: Trainer, batches: list[Samples], scores: Tensor) -> None:
     """Run every check on the first rollout. Raises CheckFailed. Leaves weights and gradients as they were."""
-    check_groups(batches, trainer.recipe.num_generations)
-    check_rewards(scores, list(trainer.rewards))
-    check_steps(batches[0], trainer.recipe.num_inference_steps)
-    check_replay(trainer, batches[0])
-    check_gradient(trainer, batches[0])
-    check_weights_matter(trainer, batches[0])
+    needs = trainer.objective.needs
+    if trainer.data is None:
+        check_groups(batches, trainer.recipe.num_generations)
+        check_rewards(scores, list(trainer.rewards))
+    if needs.trajectory:
+        check_steps(batches[0], trainer.recipe.num_inference_steps)
+        check_replay(trainer, batches[0])
+    point, _ = next(trainer.points(batches[0]))
+    predict = trainer.predict(batches[0])
+    if needs.reference and trainer.recipe.lora is None:
+        check_reference(predict, point)
+    check_gradient(trainer, predict, point)
+    check_weights_matter(trainer, predict, point)
 
 
 def check_groups(batches: list[Samples], num_generations: int) -> None:
@@ -92,24 +100,27 @@ def check_replay(trainer: Trainer, batch: Samples) -> None:
                     "rollout and update do not compute the same (other batch size, attention backend, dropout, "
                     "or a pipeline that draws its conditioning at random?)"
                 )
-        if trainer.objective.needs.reference and trainer.recipe.lora is None:
-            with policy.using("reference"):
-                reference = policy.velocity(batch.texts, batch.steps[0])
-            kl = float((policy.velocity(batch.texts, batch.steps[0]) - reference).abs().max())
-            if kl > 1e-5:
-                raise CheckFailed(
-                    f"the reference's velocity differs from the policy's by {kl:.2g} before any update: "
-                    "the KL does not start at 0"
-                )
 
 
-def check_gradient(trainer: Trainer, batch: Samples) -> None:
+def check_reference(predict: PolicyPredict, point: Point) -> None:
+    """The reference is where the policy starts, at an update's every objective: the KL is 0, DPO's loss is ln 2."""
+    with torch.no_grad():
+        difference = float((predict(point) - predict.reference(point)).abs().max())
+    if difference > 1e-5:
+        raise CheckFailed(
+            f"the reference's velocity differs from the policy's by {difference:.2g} before any update: "
+            "the KL does not start at 0"
+        )
+
+
+def check_gradient(trainer: Trainer, predict: PolicyPredict, point: Point) -> None:
     """A test loss reaches trainable parameters, forward and backward, with finite gradients; nothing else gets any."""
     policy = trainer.policy
     trainable = policy.trainable()
     if not trainable:
         raise CheckFailed("no parameter trains")
-    v = policy.velocity(batch.texts, batch.steps[0])
+    predict.forget()
+    v = predict(point)
     if not v.requires_grad:
         raise CheckFailed("the pipeline's output carries no graph: its call runs under no_grad")
     v.float().square().mean().backward()
@@ -128,18 +139,28 @@ def check_gradient(trainer: Trainer, batch: Samples) -> None:
         )
 
 
-def check_weights_matter(trainer: Trainer, batch: Samples) -> None:
-    """Moving the trainable weights moves the output (a LoRA that is not wired in would train nothing)."""
-    policy, step = trainer.policy, batch.steps[0]
-    parameters = policy.trainable()
+def check_weights_matter(trainer: Trainer, predict: PolicyPredict, point: Point) -> None:
+    """Moving the trainable weights moves the output (a LoRA that is not wired in would train nothing), and not the reference."""
+    needs = trainer.objective.needs
+    parameters = trainer.policy.trainable()
     own = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def outputs() -> tuple[Tensor, Tensor | None]:
+        predict.forget()
+        return predict(point), predict.reference(point) if needs.reference else None
+
     with torch.no_grad():
-        before = policy.velocity(batch.texts, step)
+        before, reference = outputs()
         generator = torch.Generator().manual_seed(0)
         for p in parameters.values():
             p.add_(torch.randn(p.shape, generator=generator).to(p) * 0.05)
-        after = policy.velocity(batch.texts, step)
+        after, moved = outputs()
         for name, p in parameters.items():
             p.copy_(own[name])
+    predict.forget()
     if bool((before == after).all()):
         raise CheckFailed("changing the trainable weights does not change the output: the adapters are not active")
+    if reference is not None and moved is not None and not torch.equal(reference, moved):
+        raise CheckFailed(
+            "changing the trainable weights changes the reference too: it is the policy itself, and holds nothing back"
+        )

@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 from torch import Tensor
 
-from flowrl.batch import Step
+from flowrl.batch import Point
 
 
 @dataclass(frozen=True)
 class Needs:
     """What the loop must provide for an objective; nothing else reads it."""
 
-    trajectory: bool = False  #: Recorded stochastic steps with their log-probs.
+    #: Where the loss is asked: at recorded stochastic `steps`, at `noised` final latents (drawn by the ODE, or data), or at
+    #: `nodes` of an ODE rollout, from which the gradient of a reward goes back.
+    points: Literal["steps", "noised", "nodes"] = "steps"
+    #: Which rows of a batch belong together: none (`sample`), two in turn, the better one first (`pair`), or a whole `group`.
+    unit: Literal["sample", "pair", "group"] = "sample"
+    shared_noise: bool = False  #: The rows of a unit share their noise, and not only their times (`noised`).
     reference: bool = False  #: The reference's velocity.
-    old: bool = False  #: A slowly moving copy of the policy, named "old".
+    old: bool = False  #: A slowly moving copy of the policy, `old`, which also samples.
     sampled_velocity: bool = False  #: The velocity that each step was sampled from.
+    affine: bool = False  #: Its values are affine in the advantage where that is not clipped: several rewards may share one pass.
+    process: bool = False  #: `Step.process`: the advantage of each step by a process reward, which also guides the rollout.
+    maps: bool = False  #: `Noised.map`: where the pictures are good, by a reward that says so.
+    rewards: bool = True  #: Scores; without, it learns from data alone.
+
+    @property
+    def trajectory(self) -> bool:
+        """Recorded stochastic steps with their log-probs."""
+        return self.points == "steps"
 
 
 class Predict(Protocol):
-    """The denoiser behind a pipeline, as an objective sees it; guidance, adapters, autocast and prompts are the loop's."""
+    """The denoiser behind a pipeline, as an objective sees it; guidance, adapters, autocast and prompts are the loop's.
 
-    def __call__(self, step: Step) -> Tensor:
-        """The policy's velocity at a recorded step, (B, ...), with graph."""
+    Asked twice at the same point it answers twice, but computes once.
+    """
 
-    def reference(self, step: Step) -> Tensor:
+    def __call__(self, at: Point) -> Tensor:
+        """The policy's velocity (B, ...), with graph where gradients are enabled. at: a point with a row for each prompt."""
+
+    def reference(self, at: Point) -> Tensor:
         """The reference's, without graph."""
+
+    def old(self, at: Point) -> Tensor:
+        """The slow copy's, without graph."""
 
     @property
     def mean_std(self) -> float:
         """Mean noise of the trained steps, to weigh a step by its own."""
+
+    @property
+    def grid(self) -> Sequence[float]:
+        """The times that the sampler visits, from noise to 0."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean () of values over all processes, without graph."""
+
+    def rewards(self, x0: Tensor) -> Tensor:
+        """(B, K) the rewards of the pictures of final latents (B, ...), with graph, before weights; NaN abstains."""
+
+    def reward(self, x0: Tensor) -> Tensor:
+        """(B,) their weighted sum, with graph."""
 
 
 def check_positive(options: Any, *names: str, or_zero: bool = False) -> None:
@@ -46,3 +80,8 @@ def check_choice(options: Any, *names: str) -> None:
     for name in names:
         if getattr(options, name) not in get_args(hints[name]):
             raise ValueError(f"{name}={getattr(options, name)!r}: choose one of {', '.join(get_args(hints[name]))}")
+
+
+def error(v: Tensor, target: Tensor) -> Tensor:
+    """(B,) fp32, the mean over latents of (v - target)^2. A mean, so that weights transfer between resolutions."""
+    return (v.float() - target).square().flatten(1).mean(1)

@@ -42,7 +42,7 @@ class GRPO:
 
     @property
     def needs(self) -> Needs:
-        return Needs(trajectory=True, reference=self.beta > 0)
+        return Needs(reference=self.beta > 0, affine=True)
 
     def loss(self, predict: Predict, step: Step, advantage: Tensor) -> Loss:
         """Loss per sample (B,) at one recorded step. advantage: (B,) fp32."""
@@ -65,11 +65,11 @@ class GRPO:
             "clip_ratio": ((ratio - 1).abs() > self.epsilon).float().detach(),
             "policy_loss": values.detach(),
         }
-        if v_ref is not None:
-            kl = divergence(self.kl, step, v, v_ref)
-            values = values + self.beta * kl
-            metrics["kl"] = kl.detach()
-        return Loss(values, metrics)
+        if v_ref is None:
+            return Loss(values, metrics)
+        kl = divergence(self.kl, step, v, v_ref)
+        metrics["kl"] = kl.detach()
+        return Loss(values, metrics, penalty=self.beta * kl)
 
 
 def divergence(kind: str, step: Step, v: Tensor, v_ref: Tensor) -> Tensor:
