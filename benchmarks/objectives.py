@@ -1,0 +1,142 @@
+"""Does every objective reach its own goal? Each tiny recipe before and after, on held-out prompts.
+
+    python benchmarks/objectives.py                            every objective that is not in the table yet
+    python benchmarks/objectives.py nft dpo --seeds 0 1        some of them
+    python benchmarks/objectives.py --report                   the table of what is there
+
+An objective's run is its recipe `tiny-NAME` (GRPO's is the quick start), as it ships, for at most --max-minutes. Its goal is the
+weighted sum of the rewards that it trained on; where it learned from data, what the data shows: right pictures. Measured on 120
+held-out prompts x 2 pictures, 20 ODE steps, averaged weights, the same seeds before and after, intervals by a paired bootstrap over
+prompts. Runs stay under --out and are taken up where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowrl.cli import quiet_libraries
+from flowrl.config import Recipe, load_recipe, recipe_names
+from flowrl.data import load_prompts
+from flowrl.evaluate import Evaluation, Protocol, compare, evaluate, text_table
+from flowrl.policy import Policy
+from flowrl.record import checkpoints, load_trained
+from flowrl.reward_models.base import load_rewards
+from flowrl.train import Trainer
+
+PROTOCOL = Protocol("tiny-test", 20, 1.0, seeds=2)
+#: What every run is measured by, besides its own goal.
+ALWAYS = {"tiny_strict": 1.0, "tiny_dense": 1.0}
+
+
+def names() -> list[str]:
+    """The objectives that have a tiny recipe."""
+    return ["grpo", *(name.removeprefix("tiny-") for name in recipe_names() if name.startswith("tiny-"))]
+
+
+def recipe_of(name: str, *overrides: str) -> Recipe:
+    return load_recipe("quickstart" if name == "grpo" else f"tiny-{name}", overrides)
+
+
+def train(name: str, seed: int, out: Path, max_minutes: float) -> Path:
+    """One run, or the rest of one."""
+    folder = out / f"{name}-{seed}"
+    options = [f"seed={seed}", f"output_dir={folder}", "eval_steps=0", "report_to=none", f"max_minutes={max_minutes}"]
+    recipe = recipe_of(name, *options)
+    if checkpoints(folder):
+        recipe.resume_from_checkpoint = "latest"
+    trainer = Trainer(recipe)
+    if trainer.progress.step < recipe.max_steps:
+        trainer.train()
+    facts = {
+        "steps": trainer.progress.step,
+        "images": trainer.progress.images,
+        "minutes": trainer.progress.seconds / 60,
+        "goal": {k: v.get("weight", 1.0) if isinstance(v, dict) else v for k, v in recipe.rewards.items()},
+        "data": recipe.data,
+    }
+    (folder / "facts.json").write_text(json.dumps(facts) + "\n")
+    return folder
+
+
+def measured(policy: Policy, rewards: dict[str, Any], name: str) -> Evaluation:
+    loaded = {label: reward for label, (reward, _) in load_rewards({**rewards, **ALWAYS}).items()}
+    return evaluate(policy, load_prompts(PROTOCOL.prompts), loaded, PROTOCOL, name=name)
+
+
+def goal_of(result: Evaluation, goal: dict[str, float]) -> np.ndarray:
+    """(P,) the weighted sum of the goal's rewards, mean over a prompt's pictures."""
+    columns = [weight * result.scores[:, :, result.rewards.index(name)].numpy() for name, weight in goal.items()]
+    return np.nanmean(np.sum(columns, 0), 1)
+
+
+def interval(base: np.ndarray, tuned: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean difference, by a bootstrap over prompts."""
+    rng = np.random.default_rng(0)
+    difference = tuned - base
+    means = difference[rng.integers(len(difference), size=(4000, len(difference)))].mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """Before and after of one run; kept in its folder."""
+    kept = folder / "result.json"
+    facts = json.loads((folder / "facts.json").read_text())
+    if kept.is_file() and (result := json.loads(kept.read_text()))["steps"] == facts["steps"]:
+        return result
+    recipe = load_recipe(folder / "recipe.yaml")
+    rewards = {} if facts["data"] else recipe.rewards
+    goal = ALWAYS if facts["data"] else facts["goal"]
+    base = measured(Policy.load(recipe.model, autocast=recipe.autocast), rewards, "base")
+    tuned = measured(load_trained(folder), rewards, folder.name)
+    before, after = goal_of(base, goal), goal_of(tuned, goal)
+    accuracy = compare(base, tuned, "tiny_strict")
+    result = {
+        **facts,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "interval": interval(before, after),
+        "accuracy": [accuracy.base, accuracy.tuned, accuracy.low, accuracy.high],
+    }
+    kept.write_text(json.dumps(result) + "\n")
+    return result
+
+
+def table(out: Path) -> str:
+    header = ["objective", "seed", "goal", "before", "after", "change (95 % interval)", "accuracy, %", "steps", "images", "minutes"]
+    rows = []
+    for file in sorted(out.glob("*/result.json")):
+        r = json.loads(file.read_text())
+        name, _, seed = file.parent.name.rpartition("-")
+        low, high = r["interval"]
+        goal = "right pictures" if r["data"] else " + ".join(k if w == 1 else f"{w:g} {k}" for k, w in r["goal"].items() if w)
+        change = f"{r['after'] - r['before']:+.3f} ({low:+.3f} to {high:+.3f})"
+        accuracy = f"{100 * r['accuracy'][0]:.1f} -> {100 * r['accuracy'][1]:.1f}"
+        counts = [str(r["steps"]), f"{r['images']:,}", f"{r['minutes']:.1f}"]
+        rows.append([name, seed, goal, f"{r['before']:.3f}", f"{r['after']:.3f}", change, accuracy, *counts])
+    return text_table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="objectives; all by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--max-minutes", type=float, default=10)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
+    arguments = parser.parse_args()
+    quiet_libraries()
+    if not arguments.report:
+        for name in arguments.names or names():
+            for seed in arguments.seeds:
+                score(train(name, seed, arguments.out, arguments.max_minutes))
+                print(table(arguments.out), flush=True)
+    print(table(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
