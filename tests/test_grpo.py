@@ -11,29 +11,7 @@ from flowrl.batch import Step
 from flowrl.samplers import CPS, DanceSDE, FlowSDE
 from flowrl.train.objectives import GRPO
 from flowrl.train.objectives.grpo import divergence
-
-
-class Fixed:
-    """A predictor with given velocities."""
-
-    def __init__(self, v, v_ref=None, mean_std=1.0):
-        self.v, self.v_ref, self.mean_std = v, v_ref, mean_std
-
-    def __call__(self, step):
-        return self.v
-
-    def reference(self, step):
-        return self.v_ref
-
-
-def make_step(transition=None, batch=2, seed=0, t=0.8, t_next=0.6):
-    transition = transition or DanceSDE(0.5)
-    torch.manual_seed(seed)
-    x, v, noise = torch.randn(batch, 3, 2), torch.randn(batch, 3, 2), torch.randn(batch, 3, 2)
-    gaussian = transition.transition(x, v, t, t_next, 0.95)
-    x_next = gaussian.sample(noise)
-    step = Step(x, x_next, t, t_next, 0.95, gaussian.log_prob(x_next), 1, transition)
-    return step, v, noise
+from tests.objectives import Fixed, make_step
 
 
 def test_value_by_hand():
