@@ -64,6 +64,12 @@ class Step:
         return of_states if self.owner is None else of_states[self.owner.to(of_states.device)]
 
     @property
+    def sampled_velocity(self) -> Tensor:
+        """(B, ...) the velocity that each sample's step was drawn from, for objectives that need it."""
+        assert self.v is not None, "the rollout did not keep its velocities"
+        return self.per_sample(self.v)
+
+    @property
     def first_samples(self) -> list[int]:
         """For each distinct state, the first sample that stood in it."""
         if self.owner is None:

@@ -8,7 +8,7 @@ log p is a mean over latent dimensions, so rho is the D-th root of the true rati
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,27 +49,36 @@ class GRPO:
         std = step.transition.std(step.t, step.t_next, step.t_max).to(advantage.device)
         v_ref = predict.reference(step) if self.beta > 0 else None
         v = predict(step)
-        new = step.gaussian(v)
-        log_ratio = new.log_prob(step.x_next) - step.log_prob
+        log_ratio = step.gaussian(v).log_prob(step.x_next) - step.log_prob
         if self.log_prob == "squared_error":
             log_ratio = log_ratio * 2 * std**2
         ratio = log_ratio.exp()
         A = advantage.clamp(-self.advantage_clip, self.advantage_clip)
-        clipped = ratio.clamp(1 - self.epsilon, 1 + self.epsilon)
-        values = torch.maximum(-A * ratio, -A * clipped)
+        values = clipped(ratio, A, self.epsilon)
         if self.step_weight == "std":
             values = values * std / predict.mean_std
-        metrics: dict[str, Tensor | float] = {
-            "ratio": ratio.detach(),
-            "ratio_deviation": (ratio.detach() - 1).abs(),
-            "clip_ratio": ((ratio - 1).abs() > self.epsilon).float().detach(),
-            "policy_loss": values.detach(),
-        }
-        if v_ref is None:
-            return Loss(values, metrics)
-        kl = divergence(self.kl, step, v, v_ref)
-        metrics["kl"] = kl.detach()
-        return Loss(values, metrics, penalty=self.beta * kl)
+        loss = Loss(values, ratio_metrics(ratio, (ratio - 1).abs() > self.epsilon, values))
+        return loss if v_ref is None else pulled(loss, self.beta, divergence(self.kl, step, v, v_ref))
+
+
+def clipped(ratio: Tensor, A: Tensor, epsilon: float) -> Tensor:
+    """(B,) PPO's surrogate, the first line of L above: beyond the clip range only what leads back has a gradient."""
+    return torch.maximum(-A * ratio, -A * ratio.clamp(1 - epsilon, 1 + epsilon))
+
+
+def ratio_metrics(ratio: Tensor, outside: Tensor, values: Tensor) -> dict[str, Tensor | float]:
+    """What every method with a ratio reports. outside: (B,) bool, the samples beyond the trust region. values: (B,) its loss."""
+    return {
+        "ratio": ratio.detach(),
+        "ratio_deviation": (ratio.detach() - 1).abs(),
+        "clip_ratio": outside.float().detach(),
+        "policy_loss": values.detach(),
+    }
+
+
+def pulled(loss: Loss, beta: float, kl: Tensor) -> Loss:
+    """The same loss with a pull of weight beta towards the reference. kl: (B,) with graph."""
+    return replace(loss, metrics={**loss.metrics, "kl": kl.detach()}, penalty=beta * kl)
 
 
 def divergence(kind: str, step: Step, v: Tensor, v_ref: Tensor) -> Tensor:
