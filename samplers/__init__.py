@@ -1,6 +1,6 @@
 """How a trajectory is drawn: the flow and its coordinates, the Gaussian steps, and which steps are stochastic."""
 
-from flowrl.samplers.schedules import SCHEDULES, TIMES, AllButLast, Backward, Fraction, Window, t_max_of, time_grid
+from flowrl.samplers.schedules import SCHEDULES, TIMES, AllButLast, Backward, Fraction, Late, Spread, Window, t_max_of, time_grid
 from flowrl.samplers.transitions import (
     CPS,
     DDIM,
@@ -29,8 +29,10 @@ __all__ = [
     "FlowSDE",
     "Fraction",
     "Gaussian",
+    "Late",
     "MatchedCPS",
     "Memoryless",
+    "Spread",
     "Transition",
     "Window",
     "t_max_of",

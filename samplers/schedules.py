@@ -1,7 +1,8 @@
 """Time grids, which of their steps are stochastic and trained, and how the noise level falls along them.
 
 A schedule answers `steps(num_steps, seed, update)`: the sorted indices of the steps that draw noise and are trained.
-All others follow the ODE. Step i goes from grid[i] to grid[i + 1]; the last one ends at t = 0 and is never trained.
+All others follow the ODE. Step i goes from grid[i] to grid[i + 1]; the last one ends at t = 0 and is never trained, except by
+a reward's gradient (`Late`, `Spread`), for which all follow the ODE.
 
 The answer depends on its arguments alone, through a hash that is the same in every process and on every platform: all
 ranks and all members of a group share it, a random one is drawn anew for each update, and a resumed run draws the same.
@@ -11,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -137,6 +139,63 @@ class Backward:
         return list(range(max(0, end - self.size - update // self.every), end))
 
 
+# -- nodes from which the gradient of a reward goes back -----------------------------------------------------------------------
+#
+# The steps follow the ODE, so that the last one may be among them. Mind the grid: SD3's ends with a step from t = 0.009, which
+# hardly moves the picture.
+
+
+@dataclass(frozen=True)
+class Late:
+    """One step near the end: where a reward's gradient starts (ReFL, arXiv 2304.05977), or how far back it goes (DRaFT-K)."""
+
+    size: int = 1  #: Number of steps from the earliest to the end: K of DRaFT-K, 10 of 40 in ReFL.
+    kind: Literal["fixed", "random", "normal"] = "random"  #: `size` before the end; any of the last `size`; about there.
+    std: float = 5.0  #: Normal only: deviation in steps. AlignProp (arXiv 2310.03739) has size=8, std=5 of 50.
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not self.std > 0:
+            raise ValueError(f"Late size={self.size}, std={self.std}: size must be at least 1, std positive.")
+        if self.kind not in ("fixed", "random", "normal"):
+            raise ValueError(f"Late kind={self.kind!r} is unknown: use 'fixed', 'random' or 'normal'.")
+
+    def steps(self, num_steps: int, seed: int, update: int) -> list[int]:
+        if self.size > num_steps:
+            raise ValueError(f"Late size={self.size} exceeds the {num_steps} steps: make it smaller, or sample with more steps.")
+        start = num_steps - self.size
+        u = (_hash(seed, update) + 0.5) / 2**64
+        place = {
+            "fixed": start,
+            "random": start + int(u * self.size),
+            "normal": round(NormalDist(start, self.std).inv_cdf(u)),
+        }
+        return [min(max(place[self.kind], 0), num_steps - 1)]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`size` steps at even distances from `low` to the end: each stands for the steps up to the next one (sparse gradients)."""
+
+    size: int = 4  #: Number of trained steps.
+    low: int = 0  #: First step that they cover.
+    kind: Literal["fixed", "random"] = "fixed"  #: Each first of its part of the steps; all moved alike within it, per update.
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.low < 0:
+            raise ValueError(f"Spread size={self.size}, low={self.low}: size must be at least 1, low at least 0.")
+        if self.kind not in ("fixed", "random"):
+            raise ValueError(f"Spread kind={self.kind!r} is unknown: use 'fixed' or 'random'.")
+
+    def steps(self, num_steps: int, seed: int, update: int) -> list[int]:
+        covered = num_steps - self.low
+        if self.size > covered:
+            raise ValueError(
+                f"Spread size={self.size} exceeds the {covered} steps from low={self.low} to the end of {num_steps}."
+            )
+        shift = _hash(seed, update) % (covered // self.size) if self.kind == "random" else 0
+        return [self.low + shift + i * covered // self.size for i in range(self.size)]
+
+
 # -- times of a forward process ------------------------------------------------------------------------------------------------
 #
 # Answers `at(u, grid)`: times (B,) for quantiles u (B,) in [0, 1), strictly between 0 and 1 or equal to 1 at most.
@@ -195,7 +254,14 @@ class LogitNormalTimes(Times):
 TIMES = {"grid": GridTimes, "uniform": UniformTimes, "logit_normal": LogitNormalTimes}
 
 
-SCHEDULES = {"all_but_last": AllButLast, "fraction": Fraction, "window": Window, "backward": Backward}
+SCHEDULES = {
+    "all_but_last": AllButLast,
+    "fraction": Fraction,
+    "window": Window,
+    "backward": Backward,
+    "late": Late,
+    "spread": Spread,
+}
 
 
 def _trainable(num_steps: int) -> int:

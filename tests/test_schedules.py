@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowrl.samplers import SCHEDULES, AllButLast, Backward, Fraction, Window, t_max_of, time_grid
+from flowrl.samplers import SCHEDULES, AllButLast, Backward, Fraction, Late, Spread, Window, t_max_of, time_grid
 from flowrl.samplers.schedules import DECAYS, cosine
 
 ALL = [
@@ -114,6 +114,12 @@ def test_answer_is_pinned():
         (lambda: Window(2, low=4, high=5).steps(10, 0, 0), "size=2 does not fit between low=4 and high=5 of 10 steps"),
         (lambda: Window(2, high=10).steps(10, 0, 0), "high=10 covers the last of 10 steps.*at most 9"),
         (lambda: AllButLast().steps(1, 0, 0), "num_steps=1 leaves no step to train.*at least 2"),
+        (lambda: Late(0), "size=0.*at least 1"),
+        (lambda: Late(kind="early"), "kind='early' is unknown: use 'fixed', 'random' or 'normal'"),
+        (lambda: Late(9).steps(8, 0, 0), "Late size=9 exceeds the 8 steps"),
+        (lambda: Spread(0), "size=0.*at least 1"),
+        (lambda: Spread(kind="even"), "kind='even' is unknown: use 'fixed' or 'random'"),
+        (lambda: Spread(4, low=5).steps(8, 0, 0), "Spread size=4 exceeds the 3 steps from low=5"),
         (lambda: time_grid(0), "num_steps=0 must be at least 1"),
         (lambda: time_grid(10, shift=0.0), "shift=0.0 must be positive"),
     ],
@@ -125,7 +131,7 @@ def test_errors_name_the_numbers_and_the_fix(make, message):
 
 def test_schedules_are_found_by_name():
     assert SCHEDULES["window"](size=3, high=9).steps(10, 0, 0) == Window(3, high=9).steps(10, 0, 0)
-    assert set(SCHEDULES) == {"all_but_last", "fraction", "window", "backward"}
+    assert set(SCHEDULES) == {"all_but_last", "fraction", "window", "backward", "late", "spread"}
 
 
 # -- noise levels ------------------------------------------------------------------------------------------------------
@@ -203,3 +209,28 @@ def test_backward_reaches_back_and_stops_at_the_first_step():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="at least 1"):
         Backward(size=0)
+
+
+# -- nodes from which a reward's gradient goes back ---------------------------------------------------------------------
+
+
+def test_late_nodes():
+    """Fixed: `size` before the end. Random: each of the last 5 of 10, 600 times of 3000 (deviation 22), the very last too."""
+    assert [Late(k, "fixed").steps(8, 0, 3) for k in (1, 3, 8)] == [[7], [5], [0]]
+    counts = Counter(Late(5).steps(10, seed=1, update=update)[0] for update in range(3000))
+    assert set(counts) == {5, 6, 7, 8, 9} and all(abs(count - 600) < 4 * 22 for count in counts.values())
+
+
+def test_late_nodes_of_align_prop():
+    """round(N(42, 5)) of 50: mean 42 with error 5 / sqrt(3000) = 0.09, less what is cut off at 49; deviation below 5."""
+    nodes = np.array([Late(8, "normal", 5.0).steps(50, seed=0, update=u)[0] for u in range(3000)])
+    assert abs(nodes.mean() - 42) < 0.5 and 4 < nodes.std() < 5 and nodes.max() == 49
+    assert Late(8, "normal", 100.0).steps(8, 0, 2)[0] in range(8)
+
+
+def test_spread_nodes():
+    """Of 8 steps, 4: every second; 3: 8/3 apart, rounded down. Random: all move alike, and each part keeps one."""
+    assert Spread(4).steps(8, 0, 0) == [0, 2, 4, 6] and Spread(3).steps(8, 0, 0) == [0, 2, 5] and Spread(1).steps(8, 0, 0) == [0]
+    assert Spread(2, low=4).steps(8, 0, 0) == [4, 6] and Spread(8).steps(8, 0, 0) == list(range(8))
+    moved = {tuple(Spread(4, kind="random").steps(8, 0, update)) for update in range(50)}
+    assert moved == {(0, 2, 4, 6), (1, 3, 5, 7)}
