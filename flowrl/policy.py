@@ -360,6 +360,7 @@ class Policy:
         The mean of the autoencoder's posterior, then the pipeline's own tail backwards. From latents to what its `vae.decode` is
         given that tail scales, shifts and reorders every number by itself, z = P (a x + b), so that two runs of it and one
         vector-Jacobian product give x = P^T (a (z - b) / a^2): what each pipeline does to its latents need not be known.
+        Each picture is encoded by itself: its latents do not depend on the others, to the bit.
         Raises Unservable for a pipeline without such an autoencoder.
         """
         vae = getattr(self.pipe, "vae", None)
@@ -367,9 +368,11 @@ class Policy:
             raise Unservable(f"{self.name} has no autoencoder that encodes pictures")
         inputs = pictures if pictures.ndim == 4 else pictures.transpose(1, 2)
         first = next(vae.parameters())
+        if pictures.ndim == 4 and max(p.ndim for p in vae.parameters()) == 5:  # an autoencoder of clips, as Qwen-Image has
+            inputs = inputs.unsqueeze(2)
         with torch.no_grad():
-            posterior = vae.encode((2 * inputs - 1).to(first)).latent_dist
-            z = (posterior.mean if hasattr(posterior, "mean") else posterior.mode()).float()
+            posteriors = [vae.encode((2 * one - 1).to(first)).latent_dist for one in inputs.split(1)]
+            z = torch.cat([posterior.mode() for posterior in posteriors]).float()
         like = self._start_latents(len(pictures))
 
         def tail(latents: Tensor) -> Tensor:
@@ -394,7 +397,7 @@ class Policy:
                     f"pictures of {pictures.shape[-1]} x {pictures.shape[-2]} pixels give latents {tuple(z.shape[1:])}, this "
                     f"pipeline's call wants {tuple(b.shape[1:])}: set height and width, or resize the pictures"
                 )
-            (latents,) = torch.autograd.grad(b, x, (z - b.detach()) / a)
+            (latents,) = torch.autograd.grad(b, x, (z - b.detach()) / a.square())
         return latents
 
     def _start_latents(self, count: int) -> Tensor:

@@ -276,3 +276,43 @@ def test_vp_grid_is_ddims():
     abar = float(policy.pipe.scheduler.alphas_cumprod[grid.timesteps[0]])
     assert grid.t[0] == pytest.approx(math.sqrt(1 - abar) / (math.sqrt(abar) + math.sqrt(1 - abar)), abs=1e-6)
     assert all(a > b for a, b in zip(grid.t, grid.t[1:], strict=False))
+
+
+# ------------------------------------------------------------------------------------------------ pictures as latents
+
+
+def pictures_of(name: str, count: int = 3) -> torch.Tensor:
+    shape = (count, CALL[name]["num_frames"], 3, 32, 32) if "num_frames" in CALL[name] else (count, 3, 32, 32)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_latents_of_pictures_decode_to_what_the_autoencoder_makes_of_them(name):
+    """The bare autoencoder, there and back, gives the pictures that the pipeline's tail gives for `latents_of`: scale and shift
+    (SD), mean and deviation of each channel (Qwen, Wan, LTX), packing (FLUX, Qwen, LTX) and frames are all undone."""
+    policy, pictures = make(name), pictures_of(name)
+    latents = policy.latents_of(pictures)
+    assert latents.shape == policy.rollout(PROMPTS, SEEDS).latents.shape and not latents.requires_grad
+    vae, inputs = tiny(name).vae, 2 * pictures - 1
+    framed = inputs.transpose(1, 2) if inputs.ndim == 5 else inputs[:, :, None] if name == "qwenimage" else inputs
+    with torch.no_grad():
+        back = vae.decode(vae.encode(framed).latent_dist.mode()).sample
+    expected = (back / 2 + 0.5).clamp(0, 1)
+    expected = expected.transpose(1, 2) if inputs.ndim == 5 else expected[:, :, 0] if name == "qwenimage" else expected
+    assert (policy.decode(latents) - expected).abs().max() < 1e-4
+    assert (expected - expected.flip(0)).abs().max() > 1e-3, "the pictures differ"
+
+
+def test_latents_of_a_picture_do_not_depend_on_the_others():
+    policy, pictures = make("sd3"), pictures_of("sd3")
+    assert torch.equal(policy.latents_of(pictures)[1:2], policy.latents_of(pictures[1:2]))
+
+
+def test_pictures_that_cannot_become_latents():
+    """Another size than the call draws; a pipeline whose autoencoder only decodes."""
+    policy = make("sd3")
+    with pytest.raises(ValueError, match="pictures of 48 x 32 pixels .* set height and width"):
+        policy.latents_of(torch.rand(1, 3, 32, 48))
+    policy.pipe.vae = torch.nn.Identity()
+    with pytest.raises(Unservable, match="no autoencoder that encodes"):
+        policy.latents_of(pictures_of("sd3"))
