@@ -6,7 +6,7 @@ whatever the pipeline's own scheduler sees (packed for FLUX, Qwen-Image, LTX; wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -154,7 +154,8 @@ class Samples:
     group: (N,) int64, equal for the G samples of one prompt. seeds: one per sample: a sample depends on nothing else.
     steps: the recorded steps, noisiest first; each holds all N samples. references: (N, R, 3, H, W) in [0, 1], R pictures to
     compare each sample with, for rewards that need them. fps: frames per second of clips. maps: (N, h, w) in [0, 1], what a
-    reward says of every place.
+    reward says of every place. start: (N,) int64, equal for samples of one prompt that set out from one noise; None where each
+    has its own.
     """
 
     prompts: list[Prompt]
@@ -166,6 +167,7 @@ class Samples:
     references: Tensor | None = None
     fps: float | None = None
     maps: Tensor | None = None
+    start: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -197,14 +199,18 @@ class Samples:
             references=of(self.references),
             fps=self.fps,
             maps=of(self.maps),
+            start=of(self.start),
         )
 
     def by_group(self) -> list[Tensor]:
         """The indices of each prompt's samples, (G,) int64 each, groups in the order of their first sample."""
-        places: dict[int, list[int]] = {}
-        for i, group in enumerate(self.group.tolist()):
-            places.setdefault(group, []).append(i)
-        return [torch.tensor(indices) for indices in places.values()]
+        return _places(self.group.tolist())
+
+    def by_start(self) -> list[Tensor]:
+        """The same of samples that share prompt and start; `by_group` where each sample has its own start."""
+        if self.start is None:
+            return self.by_group()
+        return _places(list(zip(self.group.tolist(), self.start.tolist(), strict=True)))
 
     @property
     def trajectory_bytes(self) -> int:
@@ -213,10 +219,19 @@ class Samples:
         return sum({t.data_ptr(): t.nbytes for t in kept}.values())
 
 
+def _places(keys: Sequence[Hashable]) -> list[Tensor]:
+    """Where each distinct key stands, keys in the order of their first appearance."""
+    places: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    return [torch.tensor(indices) for indices in places.values()]
+
+
 def concatenate(parts: list[Samples]) -> Samples:
     """Several batches as one, without their recorded steps (those stay in the batches that the update replays)."""
     images = [part.images for part in parts if part.images is not None]
     references = [part.references for part in parts if part.references is not None]
+    starts = [part.start for part in parts if part.start is not None]
     return Samples(
         prompts=[prompt for part in parts for prompt in part.prompts],
         seeds=[seed for part in parts for seed in part.seeds],
@@ -225,6 +240,7 @@ def concatenate(parts: list[Samples]) -> Samples:
         images=torch.cat(images) if len(images) == len(parts) else None,
         references=torch.cat(references) if len(references) == len(parts) else None,
         fps=parts[0].fps,
+        start=torch.cat(starts) if len(starts) == len(parts) else None,
     )
 
 

@@ -12,7 +12,7 @@ gradient serves all its samples in the update (`Step.owner`). Every scheme is a 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
 from flowrl.data import generators, sample_seed
-from flowrl.samplers.scheduler import stochastic_step
+from flowrl.samplers.scheduler import Grid, stochastic_step
 from flowrl.samplers.transitions import Transition
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def branched_rollout(
     noise_seeds: Sequence[Sequence[int]] | None = None,
     spread: float | None = None,
     stride: int = 1,
+    lean: Callable[[Grid, int, Tensor, list[Prompt]], Tensor | None] | None = None,
     group: Tensor | None = None,
     keep_velocity: bool = False,
     **call: Any,
@@ -49,6 +50,7 @@ def branched_rollout(
     noise; samples in one state with one seed stay together. By default each sample has its own noise from `seeds`.
     spread: None, or s: noises of samples that part from one state are correlated, see `correlated`.
     stride: after the last stochastic step the ODE visits every stride-th node of the grid only.
+    lean: of (grid, index, states (U, ...), their prompts), what each state's step leans by, see `stochastic_step`.
     """
     items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
     rngs = generators(seeds, offset=1)
@@ -64,7 +66,9 @@ def branched_rollout(
             parents = torch.tensor([owner[b] for b in heads])
             trunk_seeds = [sample_seed(init_seeds[b], seeds[b], index) for b in first]
             noise = correlated(noise, _draw(state, generators(trunk_seeds, offset=1))[parents], spread)
-        step = stochastic_step(grid, transition, state, v, index, index + 1, noise[own], torch.tensor(owner))
+        shift = None if lean is None else lean(grid, index, state, [items[b] for b in first])
+        sharing = torch.tensor(owner) if len(first) < len(items) else None
+        step = stochastic_step(grid, transition, state, v, index, index + 1, noise[own], sharing, shift)
         step.v = v if keep_velocity else None
         steps.append(step)
         owner, latents, node = own, step.native_next[heads], index + 1
@@ -73,7 +77,8 @@ def branched_rollout(
         [items[b] for b in first], [init_seeds[b] for b in first], latents=latents, start=node, stride=stride, **call
     )
     groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
-    return Samples(prompts=items, seeds=list(map(int, seeds)), group=groups, latents=ends.latents[owner], steps=steps)
+    starts = torch.tensor([int(seed) for seed in init_seeds])
+    return Samples(items, list(map(int, seeds)), groups, ends.latents[owner], steps=steps, start=starts)
 
 
 def correlated(own: Tensor, shared: Tensor, spread: float) -> Tensor:

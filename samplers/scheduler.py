@@ -321,11 +321,12 @@ class Trunk(Rollout):
 
 def stochastic_step(
     grid: Grid, transition: Transition, native: Tensor, v: Tensor, i: int, following: int, noise: Tensor,
-    owner: Tensor | None = None,
+    owner: Tensor | None = None, lean: Tensor | None = None,
 ) -> Step:  # fmt: skip
     """Draw the next states from node i to node `following` and record them. native, v: (U, ...) the distinct states.
 
     noise: (B, ...) fp32, one per sample; owner: (B,) the state of each sample where several share one, else B = U.
+    lean: (U, ...) added to the mean where the states are drawn, and not to the law that their log-prob is of.
     """
     t, t_next = grid.t[i], grid.t[following]
     step = Step(
@@ -343,7 +344,8 @@ def stochastic_step(
     )
     gaussian = step.gaussian(step.per_sample(v))
     # Rounded to the loop's dtype before its log-prob is taken: a replay reads the rounded state.
-    step.native_next = (step.scale_next * gaussian.sample(noise)).to(native.dtype)
+    x_next = gaussian.sample(noise) if lean is None else gaussian.sample(noise) + step.per_sample(lean)
+    step.native_next = (step.scale_next * x_next).to(native.dtype)
     step.log_prob = gaussian.log_prob(step.x_next)
     return step
 

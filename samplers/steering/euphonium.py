@@ -9,17 +9,17 @@ the policy towards the guided moves, so that sampling needs no guidance later. N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
-from flowrl.data import generators
-from flowrl.samplers.scheduler import stochastic_step
+from flowrl.samplers.branching import branched_rollout
+from flowrl.samplers.scheduler import Grid
 from flowrl.samplers.steering.guidance import gradient
 from flowrl.samplers.steering.loop import check_positive
 from flowrl.samplers.steering.tilt import langevin_shift
@@ -45,15 +45,25 @@ class Euphonium:
         if not 0 < self.last <= 1:
             raise ValueError(f"last={self.last} is a part of the steps, in (0, 1]: try 0.25")
 
-    def shift(self, reward: ProcessReward, x: Tensor, t: float, prompts: Sequence[Prompt], std: Tensor) -> Tensor:
-        """What is added to the mean of a step, (B, ...)."""
+    def lean(
+        self,
+        reward: ProcessReward,
+        transition: Transition,
+        grid: Grid,
+        index: int,
+        native: Tensor,
+        prompts: Sequence[Prompt],
+    ) -> Tensor | None:
+        """What the steps from states (U, ...) at node `index` lean by, (U, ...) in flow coordinates; None for not at all."""
+        if index < round((len(grid.t) - 1) * (1 - self.last)):
+            return None
+        t = grid.t[index]
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            times = torch.full((len(x),), float(t), device=x.device)
-            g = gradient(reward(leaf, times, [prompt.text for prompt in prompts]), leaf)
+            x = (native.detach().float() / grid.scale(t)).requires_grad_()
+            g = gradient(reward(x, torch.full((len(x),), t, device=x.device), [prompt.text for prompt in prompts]), x)
         if self.normalize:
             g = g / g.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, *[1] * (g.dim() - 1))
-        return langevin_shift(std, g) / self.beta
+        return langevin_shift(transition.std(t, grid.t[index + 1], grid.t_max).to(g), g) / self.beta
 
 
 def guided_rollout(
@@ -64,28 +74,18 @@ def guided_rollout(
     process_reward: ProcessReward,
     guidance: Euphonium,
     transition: Transition,
-    stochastic: Collection[int],
+    stochastic: Sequence[int],
     init_seeds: Sequence[int] | None = None,
-    group: Tensor | None = None,
-    keep_velocity: bool = False,
     **call: Any,
 ) -> Samples:
-    """`Policy.rollout` with leaning steps: same seeds, same noise, same records."""
-    items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
-    rngs = generators(seeds, offset=1)
-    latents, node, steps = None, 0, []
-    for index in sorted(stochastic):
-        native, v, grid = policy.trunk(items, init_seeds or seeds, index, latents, node, **call)
-        noise = randn_tensor(native.shape, generator=rngs, device=native.device, dtype=torch.float32)
-        step = stochastic_step(grid, transition, native, v, index, index + 1, noise)
-        if index >= round((len(grid.t) - 1) * (1 - guidance.last)):
-            law = step.gaussian(v)
-            lean = guidance.shift(process_reward, step.x, step.t, items, torch.as_tensor(law.std))
-            step.native_next = (step.scale_next * (law.sample(noise) + lean)).to(native.dtype)
-            step.log_prob = law.log_prob(step.x_next)
-        step.v = v if keep_velocity else None
-        steps.append(step)
-        latents, node = step.native_next, index + 1
-    ends = policy.rollout(items, seeds, init_seeds=init_seeds, latents=latents, start=node, **call)
-    groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
-    return Samples(prompts=items, seeds=list(map(int, seeds)), group=groups, latents=ends.latents, steps=steps)
+    """`Policy.rollout`, or `branched_rollout` with all it takes, with leaning steps: same seeds, same noise, same records."""
+    return branched_rollout(
+        policy,
+        prompts,
+        seeds,
+        init_seeds=init_seeds or seeds,
+        transition=transition,
+        stochastic=stochastic,
+        lean=partial(guidance.lean, process_reward, transition),
+        **call,
+    )
