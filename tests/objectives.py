@@ -33,15 +33,19 @@ class Fixed:
         mean_std: float = 1.0,
         grid: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0),
         reward: Callable[[Tensor], Tensor] | None = None,
+        steps: Sequence[Step] = (),
+        final: Tensor | None = None,
     ):
         self.given: dict[str, Given | None] = {"policy": v, "reference": v_ref, "old": v_old}
         self.mean_std, self.grid, self.reward_of = mean_std, list(grid), reward
+        self.steps, self.final, self.rng = steps, final, torch.Generator().manual_seed(0)
         self.asked: list[str] = []
+        self.kept: dict[str, Any] = {}
 
     def __call__(self, at: Point) -> Tensor:
         return self._answer("policy", at)
 
-    def reference(self, at: Point) -> Tensor:
+    def reference(self, at: Point, **call: Any) -> Tensor:
         return self._answer("reference", at).detach()
 
     def old(self, at: Point) -> Tensor:
@@ -57,13 +61,30 @@ class Fixed:
     def mean(self, values: Tensor) -> Tensor:
         return values.detach().float().mean()
 
-    def rewards(self, x0: Tensor) -> Tensor:
-        assert self.reward_of is not None, "this test gave no reward"
-        values = self.reward_of(x0)
+    def noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.rng)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self.kept:
+            self.kept[name] = compute()
+        return self.kept[name]
+
+    def pictures(self, x0: Tensor, frames: int | None = None) -> Tensor:
+        return x0 if frames is None else x0[:, :frames]
+
+    def scores(self, x0: Tensor, images: Tensor | None) -> Tensor:
+        assert self.reward_of is not None and images is not None, "this test gave no reward"
+        values = self.reward_of(images)
         return values if values.ndim == 2 else values[:, None]
 
-    def reward(self, x0: Tensor) -> Tensor:
-        return self.rewards(x0).sum(1)
+    def weighted(self, scores: Tensor) -> Tensor:
+        return scores.nan_to_num(0.0).sum(1)
+
+    def rewards(self, x0: Tensor, frames: int | None = None) -> Tensor:
+        return self.scores(x0, self.pictures(x0, frames))
+
+    def reward(self, x0: Tensor, frames: int | None = None) -> Tensor:
+        return self.weighted(self.rewards(x0, frames))
 
 
 def make_step(transition=None, batch=2, seed=0, t=0.8, t_next=0.6):

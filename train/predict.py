@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowrl.batch import Point, Samples, Step
+from flowrl.data import generators, sample_seed
 from flowrl.policy import Policy
-from flowrl.reward_models.base import Reward
+from flowrl.reward_models.base import Reward, RewardError, check_needs, failing_as, traits_of
 from flowrl.samplers.transitions import ODE
+
+T = TypeVar("T")
 
 
 class PolicyPredict:
@@ -39,25 +44,27 @@ class PolicyPredict:
         stds = [float(torch.as_tensor(s.transition.std(s.t, s.t_next, s.t_max))) for s in noises]
         self.mean_std = sum(stds) / max(len(stds), 1)
         self._point: Point | None = None
-        self._known: dict[tuple[str, bool], Tensor] = {}
+        self._known: dict[tuple[str, bool, str], Tensor] = {}
+        self._kept: dict[str, Any] = {}
 
     def __call__(self, at: Point) -> Tensor:
         return self._velocity(at, "policy", torch.is_grad_enabled())
 
-    def reference(self, at: Point) -> Tensor:
-        return self._velocity(at, self.reference_weights, False)
+    def reference(self, at: Point, **call: Any) -> Tensor:
+        return self._velocity(at, self.reference_weights, False, **call)
 
     def old(self, at: Point) -> Tensor:
         return self._velocity(at, "old", False)
 
-    def _velocity(self, at: Point, weights: str, graph: bool) -> Tensor:
+    def _velocity(self, at: Point, weights: str, graph: bool, **call: Any) -> Tensor:
         if at is not self._point:
             self._point, self._known = at, {}
-        if (weights, graph) not in self._known:
+        key = (weights, graph, repr(sorted(call.items())))
+        if key not in self._known:
+            state = (at,) if isinstance(at, Step) else (at.x, at.t)
             with torch.set_grad_enabled(graph), self.policy.using(weights):
-                v = self.policy.velocity(self.texts, at) if isinstance(at, Step) else self.policy.velocity(self.texts, at.x, at.t)
-            self._known[weights, graph] = v
-        return self._known[weights, graph]
+                self._known[key] = self.policy.velocity(self.texts, *state, **call)
+        return self._known[key]
 
     def forget(self) -> None:
         """Drop what is remembered of the last point, and with it its graph."""
@@ -73,12 +80,63 @@ class PolicyPredict:
             sums = self.accelerator.reduce(sums, "sum")
         return sums[0] / sums[1].clamp(min=1)
 
-    def rewards(self, x0: Tensor) -> Tensor:
-        batch = self.batch
-        images = self.policy.decode(x0, self.texts, batch_size=len(x0), with_graph=True)
-        samples = Samples(batch.prompts, batch.seeds, batch.group, x0, images, references=batch.references, fps=batch.fps)
-        return torch.stack([reward(samples).to(x0.device) for reward in self.reward_functions.values()], 1)
+    @property
+    def steps(self) -> Sequence[Step]:
+        return self.batch.steps
 
-    def reward(self, x0: Tensor) -> Tensor:
-        values = self.rewards(x0)
-        return (values.nan_to_num(0.0) * self.weights.to(values)).sum(1)
+    @property
+    def final(self) -> Tensor:
+        return self.batch.latents.float()
+
+    @cached_property
+    def rng(self) -> torch.Generator:
+        return generators([sample_seed(self.batch.seeds[0], 1)])[0]
+
+    @cached_property
+    def _rngs(self) -> list[torch.Generator]:
+        return generators([sample_seed(seed, 2) for seed in self.batch.seeds])
+
+    def noise(self, like: Tensor) -> Tensor:
+        return randn_tensor(like.shape, generator=self._rngs, device=like.device, dtype=torch.float32)
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
+
+    def pictures(self, x0: Tensor, frames: int | None = None) -> Tensor | None:
+        if all(traits_of(reward).needs == ("latents",) for reward in self.reward_functions.values()):
+            return None
+        images = self.policy.decode(x0, self.texts, batch_size=len(x0), with_graph=torch.is_grad_enabled())
+        if frames is None:
+            return images
+        if images.ndim != 5:
+            raise ValueError(f"frames={frames}: this model draws pictures, not clips; leave it unset")
+        kept = torch.randperm(images.shape[1], generator=self.rng)[:frames].sort().values
+        return images[:, kept.to(images.device)]
+
+    def scores(self, x0: Tensor, images: Tensor | None) -> Tensor:
+        batch = self.batch
+        samples = Samples(batch.prompts, batch.seeds, batch.group, x0, images, references=batch.references, fps=batch.fps)
+        climbed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, images))
+        columns = []
+        for name, reward in self.reward_functions.items():
+            with failing_as(name):
+                check_needs(reward, samples, name)
+                values = reward(samples)
+            if climbed and not values.requires_grad:
+                raise RewardError(
+                    f"reward {name!r} says that it is differentiable, but its values carry no graph: does it leave torch, or "
+                    "call detach, item or no_grad? Let the graph through, or say differentiable=False in its traits"
+                )
+            columns.append(values.to(x0.device))
+        return torch.stack(columns, 1)
+
+    def weighted(self, scores: Tensor) -> Tensor:
+        return (scores.nan_to_num(0.0) * self.weights.to(scores)).sum(1)
+
+    def rewards(self, x0: Tensor, frames: int | None = None) -> Tensor:
+        return self.scores(x0, self.pictures(x0, frames))
+
+    def reward(self, x0: Tensor, frames: int | None = None) -> Tensor:
+        return self.weighted(self.rewards(x0, frames))

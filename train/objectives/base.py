@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
-from torch import Tensor
+from torch import Generator, Tensor
 
-from flowrl.batch import Point
+from flowrl.batch import Point, Step
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Needs:
     process: bool = False  #: `Step.process`: the advantage of each step by a process reward, which also guides the rollout.
     maps: bool = False  #: `Noised.map`: where the pictures are good, by a reward that says so.
     rewards: bool = True  #: Scores; without, it learns from data alone.
+    differentiable: bool = False  #: Rewards whose gradients reach the latents.
 
     @property
     def trajectory(self) -> bool:
@@ -44,8 +47,8 @@ class Predict(Protocol):
     def __call__(self, at: Point) -> Tensor:
         """The policy's velocity (B, ...), with graph where gradients are enabled. at: a point with a row for each prompt."""
 
-    def reference(self, at: Point) -> Tensor:
-        """The reference's, without graph."""
+    def reference(self, at: Point, **call: Any) -> Tensor:
+        """The reference's, without graph. call: arguments of the pipeline's call that differ (guidance_scale)."""
 
     def old(self, at: Point) -> Tensor:
         """The slow copy's, without graph."""
@@ -61,10 +64,40 @@ class Predict(Protocol):
     def mean(self, values: Tensor) -> Tensor:
         """The mean () of values over all processes, without graph."""
 
-    def rewards(self, x0: Tensor) -> Tensor:
+    @property
+    def steps(self) -> Sequence[Step]:
+        """The recorded steps of the batch, noisiest first."""
+
+    @property
+    def final(self) -> Tensor:
+        """(B, ...) fp32, the final latents of the batch."""
+
+    @property
+    def rng(self) -> Generator:
+        """Of the batch: what is drawn with it depends on the run's seed and the step, and on what was drawn before."""
+
+    def noise(self, like: Tensor) -> Tensor:
+        """(B, ...) fp32 standard normal, each row its sample's own; every call draws anew."""
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """compute(), called at the first of a batch's points; the others get the same."""
+
+    def pictures(self, x0: Tensor, frames: int | None = None) -> Tensor | None:
+        """(B, 3, H, W) or (B, F, 3, H, W) in [0, 1], decoded from final latents (B, ...), with graph. None if no reward looks.
+
+        frames: of clips, this many frames in their order, drawn by `rng`.
+        """
+
+    def scores(self, x0: Tensor, images: Tensor | None) -> Tensor:
+        """(B, K) the rewards of latents and their pictures, with graph, before weights; NaN abstains."""
+
+    def weighted(self, scores: Tensor) -> Tensor:
+        """(B,) the weighted sum of scores (B, K), where one abstains without it."""
+
+    def rewards(self, x0: Tensor, frames: int | None = None) -> Tensor:
         """(B, K) the rewards of the pictures of final latents (B, ...), with graph, before weights; NaN abstains."""
 
-    def reward(self, x0: Tensor) -> Tensor:
+    def reward(self, x0: Tensor, frames: int | None = None) -> Tensor:
         """(B,) their weighted sum, with graph."""
 
 
