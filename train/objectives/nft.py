@@ -11,13 +11,21 @@ advantages too (derived; checked in the tests). The paper writes the loss in v a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from flowrl.batch import Loss, Noised
 from flowrl.samplers.flow import x0_from
-from flowrl.train.objectives.base import Needs, Predict, check_positive, error
+from flowrl.train.objectives.base import Needs, Predict, check_choice, check_positive, error
+
+#: What an advantage (B,) counts as, by the name that a recipe uses.
+SIGNALS = {
+    "all": lambda A: A,
+    "positive": lambda A: A.clamp(min=0),
+    "negative": lambda A: A.clamp(max=0),
+    "binary": lambda A: A.sign(),
+}
 
 
 @dataclass(frozen=True)
@@ -30,14 +38,17 @@ class NFT:
     kl: float = 1e-4
     #: Advantages are clipped to this magnitude, at which r is 0 or 1.
     advantage_clip: float = 5.0
+    #: positive, negative: advantages of the other sign count as 0, which still holds v to v_old. binary: as 1 and -1.
+    signal: Literal["all", "positive", "negative", "binary"] = "all"
 
     def __post_init__(self) -> None:
         check_positive(self, "beta", "advantage_clip")
         check_positive(self, "kl", or_zero=True)
+        check_choice(self, "signal")
 
     @property
     def needs(self) -> Needs:
-        return Needs(points="noised", old=True, reference=self.kl > 0, affine=True)
+        return Needs(points="noised", old=True, reference=self.kl > 0, affine=self.signal == "all")
 
     def loss(self, predict: Predict, noised: Noised, advantage: Tensor) -> Loss:
         """Loss per sample (B,) at noised final latents. advantage: (B,) fp32."""
@@ -45,7 +56,7 @@ class NFT:
         v_ref = predict.reference(noised) if self.kl > 0 else None
         v_old = predict.old(noised).float()
         v = predict(noised)
-        A = advantage.clamp(-self.advantage_clip, self.advantage_clip)
+        A = SIGNALS[self.signal](advantage).clamp(-self.advantage_clip, self.advantage_clip)
         r = 0.5 + A / (2 * self.advantage_clip)
         positive = weighted_error(x0_from(x, (1 - self.beta) * v_old + self.beta * v.float(), t), x0)
         negative = weighted_error(x0_from(x, (1 + self.beta) * v_old - self.beta * v.float(), t), x0)
@@ -62,8 +73,8 @@ class NFT:
         return Loss(values, metrics, penalty=self.kl * kl)
 
 
-def weighted_error(x0_hat: Tensor, x0: Tensor) -> Tensor:
-    """(B,) mean (x0_hat - x0)^2 / w, with w = mean |x0_hat - x0| taken as a constant, at least 1e-5; in fp64, as released."""
-    difference = (x0_hat - x0).double().flatten(1)
+def weighted_error(estimate: Tensor, truth: Tensor) -> Tensor:
+    """(B,) fp32, mean (estimate - truth)^2 / w, w = mean |estimate - truth| a constant of at least 1e-5; in fp64, as released."""
+    difference = (estimate - truth).double().flatten(1)
     w = difference.detach().abs().mean(1).clamp(min=1e-5)
-    return (difference.square().mean(1) / w).to(torch.float32)
+    return (difference.square().mean(1) / w).float()
