@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from flowrl.data import generators, load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
 from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.references import attach, references_of
-from flowrl.reward_models.base import LearningReward, Reward, load_rewards, parts_of, traits_of
+from flowrl.reward_models.base import LearningReward, ProcessReward, Reward, load_rewards, parts_of, traits_of
 from flowrl.samplers import GLASS, SCHEDULES, TIMES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.samplers.schedules import Times
+from flowrl.samplers.steering.euphonium import Euphonium, guided_rollout
 from flowrl.train import watch
-from flowrl.train.advantages import advantages, group_mean_std, weighted_sum, zero_variance_share
+from flowrl.train.advantages import advantages, group_mean_std, normalized, weighted_sum, zero_variance_share
 from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers, wind_up
 from flowrl.train.objectives import OBJECTIVES
 from flowrl.train.offline import Data
@@ -80,6 +81,9 @@ class Trainer:
             )
         if self.data is None and not self.rewards:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
+        self.process = _process_reward(self.rewards, recipe) if self.objective.needs.process else None
+        guidance = getattr(self.objective, "guidance", None)
+        self.guidance = None if guidance is None else Euphonium(**guidance)
         self.weights_row = torch.tensor([self.weights[name] for name in self.rewards])
         self.best = _best(self.rewards, self.weights, recipe) if recipe.virtual_best else None
         if recipe.prompts_per_step > len(self.prompts):
@@ -232,20 +236,16 @@ class Trainer:
 
     def collect(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor, Tensor, dict[str, float]]:
         """The policy's own samples: batches with their recorded steps, all as one, scores (N, K), advantages (N,), metrics."""
-        batches = []
-        with Scoring(self.rewards) as scoring:
-            for batch in self.rollout(self.progress.step):
-                clock.lap("rollout_time")
-                batch.images = self.policy.decode(batch, batch_size=len(batch))
-                watch.check_pictures(batch, self.progress.step + 1)
-                attach(batch, self.references, self.policy)
-                clock.lap("decode_time")
-                scoring.submit(batch)
-                batches.append(batch)
-            samples = concatenate(batches)
-            scores = scoring.finish(samples)
-        clock.lap("score_time")
+        batches, samples, scores = self.scored(self.rollout(self.progress.step), clock)
         advantage, metrics = self.advantages(scores, samples.group)
+        for stride in self.recipe.strides[1:]:
+            _, ends, judged = self.scored((self.end(batch, stride) for batch in batches), clock)
+            further, of_ends = self.advantages(judged, ends.group)
+            advantage = advantage + further
+            metrics[f"reward/stride{stride}"] = of_ends["reward"]
+        if self.process is not None:
+            metrics["process_reward"] = self.credit(batches)
+            clock.lap("score_time")
         if self.recipe.confidence is not None:
             doubter: Any = self.rewards[self.recipe.confidence]
             advantage = advantage * doubter.confidence(samples).cpu()
@@ -254,6 +254,48 @@ class Trainer:
             metrics.update({f"rewards/{label}/{name}": value for name, value in learnt.items()})
             clock.lap("learn_time")
         return batches, samples, scores, advantage, metrics
+
+    def scored(self, drawn: Iterable[Samples], clock: _Clock) -> tuple[list[Samples], Samples, Tensor]:
+        """Batches, decoded as they come, all as one, and their scores (N, K)."""
+        batches = []
+        with Scoring(self.rewards) as scoring:
+            for batch in drawn:
+                clock.lap("rollout_time")
+                batch.images = self.policy.decode(batch)
+                watch.check_pictures(batch, self.progress.step + 1)
+                attach(batch, self.references, self.policy)
+                clock.lap("decode_time")
+                scoring.submit(batch)
+                batches.append(batch)
+            samples = concatenate(batches)
+            scores = scoring.finish(samples)
+        clock.lap("score_time")
+        return batches, samples, scores
+
+    def end(self, batch: Samples, stride: int) -> Samples:
+        """Where the batch's trajectories end if, after their last noisy step, the ODE visits every stride-th node only."""
+        last = batch.steps[-1]
+        way = {"latents": last.native_next, "start": last.index + 1, "stride": stride, "solver": self.recipe.solver}
+        return self.policy.rollout(batch.prompts, batch.seeds, group=batch.group, **way)
+
+    def credit(self, batches: list[Samples]) -> float:
+        """Give every recorded step its advantage by the process reward of where it led, relative to its group at that step.
+
+        Returns the mean reward over steps and processes. A group never leaves its process, but may lie in several batches.
+        """
+        assert self.process is not None
+        group, means = torch.cat([batch.group for batch in batches]), []
+        for steps in zip(*(batch.steps for batch in batches), strict=True):
+            with torch.no_grad():
+                values = torch.cat([
+                    self.process.noisy(step.x_next, torch.full((len(batch),), step.t_next), batch.texts).float().cpu()
+                    for batch, step in zip(batches, steps, strict=True)
+                ])
+            means.append(values.nanmean())
+            own = normalized(values, group).nan_to_num(0.0)  # who abstains has no say, like `advantages`
+            for step, advantage in zip(steps, own.split([len(batch) for batch in batches]), strict=True):
+                step.process = advantage
+        return float(self.accelerator.reduce(torch.stack(means).mean().to(self.accelerator.device), "mean"))
 
     def recall(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor]:
         """This process's share of the step's data: batches, all as one, and advantages (N,), 1 to do and -1 not to."""
@@ -296,12 +338,14 @@ class Trainer:
         for start in range(0, len(items), self.plan.batch_size):
             part = items[start : start + self.plan.batch_size]
             draw: Any = self.policy.rollout
+            tree: dict[str, Any] = {}
             if recipe.branches:
                 keys = [(recipe.seed, step, position) for position, _ in part]
                 init_seeds, noise_seeds = tree_seeds(keys, [g for _, g in part], recipe.branches, len(stochastic))
-                draw = partial(
-                    branched_rollout, self.policy, init_seeds=init_seeds, noise_seeds=noise_seeds, spread=recipe.branch_spread
-                )
+                draw = partial(branched_rollout, self.policy)
+                tree = {"init_seeds": init_seeds, "noise_seeds": noise_seeds, "spread": recipe.branch_spread}
+            if self.process is not None and self.guidance is not None:
+                draw = partial(guided_rollout, self.policy, process_reward=self.process.noisy, guidance=self.guidance)
             with self.policy.using("old" if needs.old else "policy"):
                 batch = draw(
                     [self.prompts[order[position]] for position, _ in part],
@@ -312,6 +356,7 @@ class Trainer:
                     keep_velocity=needs.sampled_velocity,
                     solver=recipe.solver,
                     **({"record": nodes} if nodes else {}),
+                    **tree,
                 )
             for recorded in batch.steps:
                 recorded.group = batch.group
@@ -382,7 +427,7 @@ class Trainer:
         rows: how many rows the update has in all processes; the plan's number by default.
         """
         needs = self.objective.needs
-        if needs.trajectory and not bool(advantage.any()) and not needs.reference:
+        if needs.trajectory and not bool(advantage.any()) and not (needs.reference or needs.process):
             return  # no signal in this batch, and no pull towards the reference: its gradient is zero
         rows = rows or self.plan.images_per_update * self.world
         predict = self.predict(batch)
@@ -576,9 +621,17 @@ def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
             "transition glass has no density in closed form, so there is no ratio to train on, and it is a sampler for steering "
             "only: choose flow_sde, cps, matched_cps or ddim"
         )
+    name = recipe.objective["name"]
+    if not objective.needs.trajectory:
+        for option, used in (("branches", recipe.branches), ("strides", recipe.strides[1:])):
+            if used:
+                raise ConfigError(
+                    f"{option}={getattr(recipe, option)}: {name} does not train on noisy steps, in which branches could part; "
+                    f"leave {option} out, or choose a method of trajectories (grpo, g2rpo, b2diffurl, branch_grpo, ...)"
+                )
     if objective.needs.trajectory and transition.deterministic:
         raise ConfigError(
-            f"{recipe.objective['name']} needs a stochastic sampler, {transition} is deterministic: "
+            f"{name} needs a stochastic sampler, {transition} is deterministic: "
             "choose flow_sde, cps, dance_sde or ddim, with noise"
         )
     if objective.needs.points == "noised":
@@ -589,6 +642,11 @@ def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
         raise ConfigError(f"steps: {error}") from None
     if len(recipe.branches) > len(trained):
         raise ConfigError(f"branches={recipe.branches} wants {len(recipe.branches)} stochastic steps, steps gives {len(trained)}")
+    if hasattr(objective, "check"):
+        try:
+            objective.check(recipe, trained)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
     return objective, transition, schedule, trained
 
 
@@ -603,6 +661,17 @@ def _rewards(section: dict[str, Any], recipe: Recipe, where: str = "rewards") ->
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}.{error}") from None
     return {label: reward for label, (reward, _) in loaded.items()}, {label: weight for label, (_, weight) in loaded.items()}
+
+
+def _process_reward(rewards: dict[str, Reward], recipe: Recipe) -> ProcessReward:
+    """The first reward that scores noisy states. Raises ConfigError where there is none."""
+    for reward in rewards.values():
+        if isinstance(reward, ProcessReward):
+            return reward
+    raise ConfigError(
+        f"{recipe.objective['name']} wants a reward of noisy states, and none of {', '.join(rewards)} is one: add one whose weight "
+        "in the pictures' reward may be 0, as in rewards.tiny_latent=0, or an object of yours with noisy(x, t, prompts)"
+    )
 
 
 def _references(recipe: Recipe, rewards: dict[str, Reward]) -> Any:
