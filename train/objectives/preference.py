@@ -7,7 +7,8 @@
     linear   -c u, c = clamp(1/2 - 0.4 u, 0.001, 0.999) a constant          Linear-DPO, arXiv 2605.21123, times beta / 2
     dmpo     KL(Bern(s(u)) || Bern(0.99))                                   as released with Diffusion-SDPO, arXiv 2511.03317
 
-The scales of ipo and linear are chosen so that beta means the same in all of them: what it multiplies is the margin at which
+Errors m are means over latents of (v - target)^2, so that beta transfers between resolutions; (1 - t)^2 m is the error of the
+noise, which an eps-predicting model was trained on. The scales of ipo and linear are chosen so that beta means the same in all of them: what it multiplies is the margin at which
 a pair stops to teach, and not the length of the update (derived: AdamW divides that away).
 """
 
@@ -47,6 +48,15 @@ PAIR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+#: What an error at time t (n,) counts. constant: as flow models are trained, and as Flow-DPO (arXiv 2501.13918) found best. eps: as
+#: in Diffusion-DPO. kl: as the tightest bound on the divergence of two SDE paths has it (derived), at most 5.
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant": torch.ones_like,
+    "eps": lambda t: (1 - t).square(),
+    "kl": lambda t: ((1 - t) / t).clamp(max=5),
+}
+
+
 def pair_loss(kind: str, u: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """(n,) the loss of each pair, with graph. u: (n,). label_smoothing: the share of pairs whose label is wrong, in [0, 1/2)."""
     loss = PAIR_LOSSES[kind]
@@ -58,14 +68,19 @@ def implicit_accuracy(u: Tensor) -> Tensor:
     return (u.detach().sign() + 1) / 2
 
 
-def best_and_worst(samples: Samples, advantage: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
+def best_and_worst(
+    samples: Samples, advantage: Tensor, tolerance: float = 1e-6, weighted: bool = False
+) -> tuple[Tensor, Tensor]:
     """A pair of each group: its best sample, and right after it its worst; groups without a difference are left out.
 
-    advantage: (N,) fp32. Returns rows (2 n,) int64 into samples and their advantages (2 n,) fp32, 1 and -1 in turn.
+    advantage: (N,) fp32. Returns rows (2 n,) int64 into samples and their advantages (2 n,) fp32: 1 and -1 in turn, or, weighted,
+    +- half the difference of the two, which of data is the weight of the pair.
     """
-    pairs = []
+    pairs, weights = [], []
     for places in samples.by_group():
         own = advantage[places]
-        if float(own.max() - own.min()) > tolerance:
+        gap = float(own.max() - own.min())
+        if gap > tolerance:
             pairs += [int(places[own.argmax()]), int(places[own.argmin()])]
-    return torch.tensor(pairs, dtype=torch.int64), torch.tensor([1.0, -1.0]).repeat(len(pairs) // 2)
+            weights += [gap / 2, -gap / 2] if weighted else [1.0, -1.0]
+    return torch.tensor(pairs, dtype=torch.int64), torch.tensor(weights)
