@@ -113,6 +113,11 @@ class Recipe:
     branch_spread: float | None = option(
         None, "Ratio of own to shared noise among branches that part; independent by default. In use: 1 to 8."
     )
+    strides: list[int] = option(
+        [1],
+        "How the ODE goes on after the last noisy step: over every node of the grid (1), and, [1, 2], once more over every "
+        "second one. All these ends are scored and their advantages added (G2RPO); the first is the sample.",
+    )
 
     # -- how the reward becomes an update
     objective: dict[str, Any] = option({"name": "grpo"}, "The method and its options.")
@@ -222,6 +227,9 @@ class Recipe:
             )
         if self.branch_spread is not None and not (self.branch_spread > 0 and self.branches):
             raise ConfigError(f"branch_spread={self.branch_spread}: must be positive, and goes with branches")
+        steps = [stride for stride in self.strides if type(stride) is int and stride >= 1]
+        if steps != self.strides or self.strides[:1] != [1] or len(set(steps)) < len(steps):
+            raise ConfigError(f"strides={self.strides}: different whole numbers, the first of them 1, as in [1, 2]")
         if not self.rewards and self.data is None:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
         if self.eval_steps and not self.eval_prompts:

@@ -78,7 +78,8 @@ def ratio_metrics(ratio: Tensor, outside: Tensor, values: Tensor) -> dict[str, T
 
 def pulled(loss: Loss, beta: float, kl: Tensor) -> Loss:
     """The same loss with a pull of weight beta towards the reference. kl: (B,) with graph."""
-    return replace(loss, metrics={**loss.metrics, "kl": kl.detach()}, penalty=beta * kl)
+    pull = beta * kl if loss.penalty is None else loss.penalty + beta * kl
+    return replace(loss, metrics={**loss.metrics, "kl": kl.detach()}, penalty=pull)
 
 
 def divergence(kind: str, step: Step, v: Tensor, v_ref: Tensor) -> Tensor:
