@@ -52,6 +52,20 @@ def to_grid(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(maps[:, None], size)[:, 0]
 
 
+def latent_grid(latents: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of latents (N, C, h, w), (N, C, F, h, w), or packed row by row (N, h w, C), of pictures of a size (H, W).
+
+    Raises ValueError for packed latents that are no grid of the pictures' proportions.
+    """
+    if latents.ndim > 3:
+        return latents.shape[-2], latents.shape[-1]
+    tokens, (height, width) = latents.shape[1], size
+    h = round((tokens * height / width) ** 0.5)
+    if h == 0 or tokens % h or abs(tokens / h - h * width / height) >= 1:
+        raise ValueError(f"{tokens} packed latents are no grid of pictures of {width} x {height} pixels")
+    return h, tokens // h
+
+
 def box_scores(found: Sequence[Found], spec: Spec) -> list[float]:
     """Each detection's score in [-1, 1]: the detector's own where the spec asks for the object, its negative where it does not.
 

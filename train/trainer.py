@@ -26,7 +26,8 @@ from flowrl.data import generators, load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
 from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.references import attach, references_of
-from flowrl.reward_models.base import LearningReward, ProcessReward, Reward, load_rewards, parts_of, traits_of
+from flowrl.reward_models.base import LearningReward, MapReward, ProcessReward, Reward, load_rewards, parts_of, traits_of
+from flowrl.reward_models.maps import latent_grid, to_grid
 from flowrl.samplers import GLASS, SCHEDULES, TIMES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.samplers.schedules import Times
@@ -82,6 +83,7 @@ class Trainer:
         if self.data is None and not self.rewards:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
         self.process = _process_reward(self.rewards, recipe) if self.objective.needs.process else None
+        self.map_reward = _map_reward(self.rewards, recipe) if self.objective.needs.maps else None
         guidance = getattr(self.objective, "guidance", None)
         self.guidance = None if guidance is None else Euphonium(**guidance)
         self.weights_row = torch.tensor([self.weights[name] for name in self.rewards])
@@ -129,7 +131,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
         self.policy.snapshot("ema")
-        if self.objective.needs.old:
+        if self.keeps_old:
             self.policy.snapshot("old")
         self.progress = record.Progress()
         if self.checkpoint:
@@ -146,6 +148,11 @@ class Trainer:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether there is a slow copy: the objective samples from it, or compares with it."""
+        return self.objective.needs.old or (self.objective.needs.reference and self.recipe.reference_weights == "old")
 
     @property
     def learning(self) -> dict[str, LearningReward]:
@@ -220,7 +227,7 @@ class Trainer:
         if self.progress.updates == 0 and recipe.checks:
             watch.preflight(self, batches, scores)
         metrics.update(self.update(batches, advantage))
-        if self.objective.needs.old:
+        if self.keeps_old:
             self.policy.blend("old", old_decay(recipe.old_decay, self.progress.step))
         clock.lap("update_time")
         self.progress.step += 1
@@ -264,6 +271,9 @@ class Trainer:
                 batch.images = self.policy.decode(batch)
                 watch.check_pictures(batch, self.progress.step + 1)
                 attach(batch, self.references, self.policy)
+                if self.map_reward is not None:
+                    assert batch.images is not None
+                    batch.maps = to_grid(self.map_reward.map(batch), latent_grid(batch.latents, batch.images.shape[-2:]))
                 clock.lap("decode_time")
                 scoring.submit(batch)
                 batches.append(batch)
@@ -287,15 +297,15 @@ class Trainer:
         group, means = torch.cat([batch.group for batch in batches]), []
         for steps in zip(*(batch.steps for batch in batches), strict=True):
             with torch.no_grad():
-                values = torch.cat([
+                values = [
                     self.process.noisy(step.x_next, torch.full((len(batch),), step.t_next), batch.texts).float().cpu()
                     for batch, step in zip(batches, steps, strict=True)
-                ])
-            means.append(values.nanmean())
-            own = normalized(values, group).nan_to_num(0.0)  # who abstains has no say, like `advantages`
+                ]
+            means.append(torch.cat(values).nanmean())
+            own = normalized(torch.cat(values), group).nan_to_num(0.0)  # who abstains has no say, like `advantages`
             for step, advantage in zip(steps, own.split([len(batch) for batch in batches]), strict=True):
                 step.process = advantage
-        return float(self.accelerator.reduce(torch.stack(means).mean().to(self.accelerator.device), "mean"))
+        return float(self.accelerator.reduce(torch.stack(means).nanmean().to(self.accelerator.device), "mean"))
 
     def recall(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor]:
         """This process's share of the step's data: batches, all as one, and advantages (N,), 1 to do and -1 not to."""
@@ -669,9 +679,20 @@ def _process_reward(rewards: dict[str, Reward], recipe: Recipe) -> ProcessReward
         if isinstance(reward, ProcessReward):
             return reward
     raise ConfigError(
-        f"{recipe.objective['name']} wants a reward of noisy states, and none of {', '.join(rewards)} is one: add one whose weight "
-        "in the pictures' reward may be 0, as in rewards.tiny_latent=0, or an object of yours with noisy(x, t, prompts)"
+        f"{recipe.objective['name']} wants a reward of noisy states, and none of {', '.join(rewards)} is one: add one, as in "
+        "rewards.tiny_latent=0 (its weight in the pictures' reward may be 0), or an object of yours with noisy(x, t, prompts)"
     )
+
+
+def _map_reward(rewards: dict[str, Reward], recipe: Recipe) -> MapReward:
+    """The first reward, or part of one, that says where a picture is good. Raises ConfigError when there is none."""
+    found = next((part for reward in rewards.values() for part in parts_of(reward) if isinstance(part, MapReward)), None)
+    if found is None:
+        raise ConfigError(
+            f"{recipe.objective['name']} weighs each place of a picture, and no reward of this run has a map: "
+            "add one, as in rewards.region_map=1"
+        )
+    return found
 
 
 def _references(recipe: Recipe, rewards: dict[str, Reward]) -> Any:

@@ -68,9 +68,7 @@ def implicit_accuracy(u: Tensor) -> Tensor:
     return (u.detach().sign() + 1) / 2
 
 
-def best_and_worst(
-    samples: Samples, advantage: Tensor, tolerance: float = 1e-6, weighted: bool = False
-) -> tuple[Tensor, Tensor]:
+def best_and_worst(samples: Samples, advantage: Tensor, tolerance: float = 1e-6, weighted: bool = False) -> tuple[Tensor, Tensor]:
     """A pair of each group: its best sample, and right after it its worst; groups without a difference are left out.
 
     advantage: (N,) fp32. Returns rows (2 n,) int64 into samples and their advantages (2 n,) fp32: 1 and -1 in turn, or, weighted,
