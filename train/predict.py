@@ -130,7 +130,7 @@ class PolicyPredict:
                     "call detach, item or no_grad? Let the graph through, or say differentiable=False in its traits"
                 )
             columns.append(values.to(x0.device))
-        return torch.stack(columns, 1)
+        return torch.stack(columns, 1) if columns else x0.new_zeros(len(x0), 0)
 
     def weighted(self, scores: Tensor) -> Tensor:
         return (scores.nan_to_num(0.0) * self.weights.to(scores)).sum(1)

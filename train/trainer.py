@@ -30,7 +30,7 @@ from flowrl.reward_models.base import LearningReward, MapReward, ProcessReward, 
 from flowrl.reward_models.maps import latent_grid, to_grid
 from flowrl.samplers import GLASS, SCHEDULES, TIMES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
-from flowrl.samplers.schedules import Times
+from flowrl.samplers.schedules import Late, Spread, Times
 from flowrl.samplers.steering.euphonium import Euphonium, guided_rollout
 from flowrl.train import watch
 from flowrl.train.advantages import advantages, group_mean_std, normalized, weighted_sum, zero_variance_share
@@ -82,6 +82,8 @@ class Trainer:
             )
         if self.data is None and not self.rewards:
             raise ConfigError("rewards is empty: name at least one, like rewards.tiny_dense=1")
+        if self.objective.needs.differentiable:
+            _check_differentiable(self.rewards, recipe)
         self.process = _process_reward(self.rewards, recipe) if self.objective.needs.process else None
         self.map_reward = _map_reward(self.rewards, recipe) if self.objective.needs.maps else None
         guidance = getattr(self.objective, "guidance", None)
@@ -650,6 +652,11 @@ def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
         trained = schedule.steps(recipe.num_inference_steps, recipe.seed, 0)
     except ValueError as error:
         raise ConfigError(f"steps: {error}") from None
+    if objective.needs.trajectory and isinstance(schedule, Late | Spread):
+        raise ConfigError(
+            f"steps={recipe.steps['name']} names nodes for the gradient of a reward, and may name the last step, which draws no "
+            f"noise; {name} wants window, fraction, backward or all_but_last"
+        )
     if len(recipe.branches) > len(trained):
         raise ConfigError(f"branches={recipe.branches} wants {len(recipe.branches)} stochastic steps, steps gives {len(trained)}")
     if hasattr(objective, "check"):
@@ -693,6 +700,16 @@ def _map_reward(rewards: dict[str, Reward], recipe: Recipe) -> MapReward:
             "add one, as in rewards.region_map=1"
         )
     return found
+
+
+def _check_differentiable(rewards: dict[str, Reward], recipe: Recipe) -> None:
+    """Raises ConfigError when the objective climbs the gradient of rewards, and some have none."""
+    if flat := [label for label, reward in rewards.items() if not traits_of(reward).differentiable]:
+        raise ConfigError(
+            f"{recipe.objective['name']} climbs the gradient of its rewards, and {', '.join(flat)} {'have' if flat[1:] else 'has'} "
+            "none: train on rewards that have (tiny_preference, pickscore, hpsv2, image_reward, latent, ...; a function of your own "
+            "says so by its attribute traits = Traits(differentiable=True)), or by an objective that wants values only (grpo, nft)"
+        )
 
 
 def _references(recipe: Recipe, rewards: dict[str, Reward]) -> Any:
