@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 from torch import Generator, Tensor
 
-from flowrl.batch import Point, Step
+from flowrl.batch import Noised, Point, Step
 
 T = TypeVar("T")
 
@@ -118,3 +118,10 @@ def check_choice(options: Any, *names: str) -> None:
 def error(v: Tensor, target: Tensor) -> Tensor:
     """(B,) fp32, the mean over latents of (v - target)^2. A mean, so that weights transfer between resolutions."""
     return (v.float() - target).square().flatten(1).mean(1)
+
+
+def by_group(values: Tensor, point: Noised | Step) -> Tensor:
+    """(n, G) what (B,) says of each of n groups of G; a group's rows lie side by side."""
+    assert point.group is not None
+    size = int((point.group == point.group[0]).sum())
+    return values.reshape(-1, size)

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Loss, Noised
-from flowrl.train.objectives.base import Needs, Predict, check_choice, check_positive, error
-from flowrl.train.objectives.dgpo import by_group
+from flowrl.train.objectives.base import Needs, Predict, by_group, check_choice, check_positive, error
 from flowrl.train.objectives.nft import weighted_error
 
 SLACK = 1e-4  #: The least pull of `adaptive_kl`.

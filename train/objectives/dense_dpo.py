@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Loss, Step
-from flowrl.train.objectives.base import Needs, Predict, check_positive
+from flowrl.train.objectives.base import Needs, Predict, by_group, check_positive
 from flowrl.train.objectives.d3po import log_ratio_to_reference
-from flowrl.train.objectives.dgpo import by_group
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from flowrl.batch import Loss, Noised
-from flowrl.train.objectives.base import Needs, Predict, check_positive, error
+from flowrl.train.objectives.base import Needs, Predict, by_group, check_positive, error
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,3 @@ class DGPO:
         kl = error(v, v_ref.float())
         metrics |= {"policy_loss": values.detach(), "group_weight": s.detach().sigmoid(), "kl": kl.detach()}
         return Loss(values, metrics, penalty=self.kl * by_group(kl, noised).mean(1))
-
-
-def by_group(values: Tensor, noised: Noised) -> Tensor:
-    """(n, G) what (B,) says of each of n groups of G; a group's rows lie side by side."""
-    assert noised.group is not None
-    size = int((noised.group == noised.group[0]).sum())
-    return values.reshape(-1, size)
