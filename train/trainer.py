@@ -706,9 +706,9 @@ def _check_differentiable(rewards: dict[str, Reward], recipe: Recipe) -> None:
     """Raises ConfigError when the objective climbs the gradient of rewards, and some have none."""
     if flat := [label for label, reward in rewards.items() if not traits_of(reward).differentiable]:
         raise ConfigError(
-            f"{recipe.objective['name']} climbs the gradient of its rewards, and {', '.join(flat)} {'have' if flat[1:] else 'has'} "
-            "none: train on rewards that have (tiny_preference, pickscore, hpsv2, image_reward, latent, ...; a function of your own "
-            "says so by its attribute traits = Traits(differentiable=True)), or by an objective that wants values only (grpo, nft)"
+            f"{recipe.objective['name']} climbs the gradient of its rewards; {', '.join(flat)} {'have' if flat[1:] else 'has'} "
+            "none: train on those that have (tiny_preference, pickscore, hpsv2, image_reward, latent, ...; a function of your "
+            "own says so by an attribute traits = Traits(differentiable=True)), or by an objective of values (grpo, nft)"
         )
 
 
