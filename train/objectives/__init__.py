@@ -12,6 +12,7 @@ from flowrl.train.objectives.dense_dpo import DenseDPO
 from flowrl.train.objectives.dgpo import DGPO
 from flowrl.train.objectives.dpo import DPO
 from flowrl.train.objectives.draft import DRaFT, DRaFTLV
+from flowrl.train.objectives.dragon import DRAGON
 from flowrl.train.objectives.euphonium import Euphonium
 from flowrl.train.objectives.flow_dppo import FlowDPPO
 from flowrl.train.objectives.g2rpo import G2RPO
@@ -43,6 +44,7 @@ OBJECTIVES = {
     "dpo": DPO,
     "draft": DRaFT,
     "draft_lv": DRaFTLV,
+    "dragon": DRAGON,
     "euphonium": Euphonium,
     "flow_dppo": FlowDPPO,
     "g2rpo": G2RPO,
@@ -67,6 +69,7 @@ __all__ = [
     "D3PO",
     "DGPO",
     "DPO",
+    "DRAGON",
     "G2RPO",
     "GRPO",
     "KTO",
