@@ -363,7 +363,7 @@ class Policy:
         Each picture is encoded by itself: its latents do not depend on the others, to the bit.
         Raises Unservable for a pipeline without such an autoencoder.
         """
-        vae = getattr(self.pipe, "vae", None)
+        vae: Any = getattr(self.pipe, "vae", None)
         if not hasattr(vae, "encode") or not hasattr(vae, "decode"):
             raise Unservable(f"{self.name} has no autoencoder that encodes pictures")
         inputs = pictures if pictures.ndim == 4 else pictures.transpose(1, 2)

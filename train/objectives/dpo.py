@@ -3,12 +3,14 @@
     D = w(t) [(m_w - m_w,ref) - (m_l - m_l,ref)],    m = mean (v - (noise - x0))^2,    the same t and noise for both
     L = -log sigmoid(-beta / 2 D)
 
-With weighting eps, w(t) m is the error of the noise: Diffusion-DPO itself, with a mean where the paper writes a sum, as its code
-and all others have it. Other codes leave out the half: their beta is half of this one. Flow-DPO's own value is not published.
-Linear-DPO (arXiv 2605.21123) is loss_type linear with reference_weights=ema. The winner's error may rise along with the loser's:
-watch `change_winner`. Diffusion-SDPO (arXiv 2511.03317) slows the loser's gradient g_l per pair, so that it does not, to first order:
+With weighting eps, w(t) m is the error of the noise: Diffusion-DPO itself, with a mean where the paper has a sum, as in its code
+and all others. Some leave out the half: their beta is half of this one. Flow-DPO's w is constant; its beta is not published.
+Linear-DPO (arXiv 2605.21123) is loss_type linear with reference_weights=ema. The winner's error may rise along with the loser's
+(`change_winner`). Diffusion-SDPO (arXiv 2511.03317) slows the loser's gradient g_l so that, to first order, it does not:
 
     lambda = min(1, (1 - mu) |g_w|^2 / <g_w, g_l>)  where <g_w, g_l> > 0, else 1;    g is proportional to v - target (derived)
+
+The released code has one lambda for a batch; here every pair has its own.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class DPO:
         return best_and_worst(samples, advantage, weighted=self.weighted)
 
     def loss(self, predict: Predict, noised: Noised, advantage: Tensor) -> Loss:
-        """Loss per pair (B / 2,) at noised latents, the better row of a pair first. advantage: (B,) fp32, 1 and -1 times the pair's weight."""
+        """Loss per pair (B / 2,) at noised latents, the better row first. advantage: (B,) fp32, the pair's weight times 1, -1."""
         target = noised.target
         r = error(predict.reference(noised), target)
         v = predict(noised)

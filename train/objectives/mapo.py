@@ -3,8 +3,8 @@
     L = m_w - beta log sigmoid(T [phi(m_w) - phi(m_l)]),    phi(m) = s m / (exp(s m) - 1),    s = 1/2,   T = 1000
 
 m = mean (v - (noise - x0))^2 at the same t and noise. phi falls from 1 at m = 0. The first term is supervised training on
-winners, the second asks for a margin. One pass of one network: half of DPO's cost, and nothing holds it to where it started, which
-is wanted where the data has another style. The paper's m is the error of the noise: weighting eps.
+winners, the second asks for a margin. One pass of one network: half of DPO's cost; and nothing holds it to where it started,
+which is wanted where the data has another style. The paper's m is the error of the noise: weighting eps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MaPO:
         return best_and_worst(samples, advantage, weighted=self.weighted)
 
     def loss(self, predict: Predict, noised: Noised, advantage: Tensor) -> Loss:
-        """Loss per pair (B / 2,) at noised latents, the better row of a pair first. advantage: (B,) fp32, 1 and -1 times the pair's weight."""
+        """Loss per pair (B / 2,) at noised latents, the better row first. advantage: (B,) fp32, the pair's weight times 1, -1."""
         m = WEIGHTINGS[self.weighting](noised.t) * error(predict(noised), noised.target)
         u = self.temperature * (phi(self.steepness * m[0::2]) - phi(self.steepness * m[1::2]))
         values = advantage[0::2] * (m[0::2] - self.beta * logsigmoid(u))

@@ -8,8 +8,8 @@
     dmpo     KL(Bern(s(u)) || Bern(0.99))                                   as released with Diffusion-SDPO, arXiv 2511.03317
 
 Errors m are means over latents of (v - target)^2, so that beta transfers between resolutions; (1 - t)^2 m is the error of the
-noise, which an eps-predicting model was trained on. The scales of ipo and linear are chosen so that beta means the same in all of them: what it multiplies is the margin at which
-a pair stops to teach, and not the length of the update (derived: AdamW divides that away).
+noise, which an eps-predicting model was trained on. The scales of ipo and linear are chosen so that beta means the same in all
+of them: the margin at which a pair stops to teach, and not the length of an update (derived: AdamW divides that away).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ PAIR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-#: What an error at time t (n,) counts. constant: as flow models are trained, and as Flow-DPO (arXiv 2501.13918) found best. eps: as
-#: in Diffusion-DPO. kl: as the tightest bound on the divergence of two SDE paths has it (derived), at most 5.
+#: What an error at time t (n,) counts. constant: as flow models are trained, and as Flow-DPO (arXiv 2501.13918) found best.
+#: eps: as in Diffusion-DPO. kl: as the tightest bound on the divergence of two SDE paths has it (derived), at most 5.
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": torch.ones_like,
     "eps": lambda t: (1 - t).square(),

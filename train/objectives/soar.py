@@ -6,10 +6,10 @@
     correction  |v(z', s') - (z' - x0) / s'|^2
     L = (base + lambda sum corrections) / (1 + lambda n)
 
-z' lies off the straight path by what the step got wrong, and its target leads back to x0; where the step is right it is the path's
-own velocity. The release takes that step with guidance 4.5; here it is the velocity that is trained (guidance 1 in training), which
-the base term has computed already. s' is at least 0.02: the release divides by any. No reward, no pairs, no reference. Of data, all
-pictures but the losers of pairs; of the policy's own samples, the best of each group.
+z' lies off the straight path by what the step got wrong, and its target leads back to x0; where the step is right it is the
+path's own velocity. The release takes that step with guidance 4.5; here the step is that of the velocity that is trained
+(guidance 1 in training), which the base term has computed already. s' is at least 0.02: the release divides by any. No reward,
+no pairs, no reference. Of data, all pictures but the losers of pairs; of the policy's own samples, the best of each group.
 """
 
 from __future__ import annotations

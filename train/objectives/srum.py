@@ -2,10 +2,10 @@
 
     L = mean M (v - (noise - x0))^2 + lambda mean (v - (noise - x0))^2
 
-M in [0, 1] is the map of a reward that has one (`region_map`), on the latents' grid. The published method trains on a bad picture
-by its map and on a good one without; as released, both are the model's own sample, which is what this is: regression that keeps
-more of what is right. It cannot push away: M is at least 0 (under the published rule, 1/2 before the score of the whole). A picture
-whose map is NaN, because its prompt says nothing that could be checked, counts 0.
+M in [0, 1] is the map of a reward that has one (`region_map`), on the latents' grid. The published method trains on a bad
+picture by its map and on a good one without; as released, both are the model's own sample, which is what this is: regression
+that keeps more of what is right. It cannot push away: M is at least 0 (by the published rule, half the score of the whole).
+A picture whose map is NaN, because its prompt says nothing that could be checked, counts 0.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SRUM:
         metrics: dict[str, Tensor | float] = {
             "policy_loss": values.detach(),
             "error": base.detach(),
-            "map": M[known].flatten(1).mean(1),
+            "map": M.flatten(1).mean(1),
             "known": known.float(),
         }
         return Loss(values, metrics)
