@@ -6,8 +6,8 @@
 
 An objective's run is its recipe `tiny-NAME` (GRPO's is the quick start), as it ships, for at most --max-minutes. Its goal is the
 weighted sum of the rewards that it trained on; where it learned from data, what the data shows: right pictures. Measured on 120
-held-out prompts x 2 pictures, 20 ODE steps, averaged weights, the same seeds before and after, intervals by a paired bootstrap over
-prompts. Runs stay under --out and are taken up where they stopped.
+held-out prompts x 2 pictures, 20 ODE steps, averaged weights, the same seeds before and after, intervals by a paired bootstrap
+over prompts. Runs stay under --out and are taken up where they stopped.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def score(folder: Path) -> dict[str, Any]:
 
 
 def table(out: Path) -> str:
-    header = ["objective", "seed", "goal", "before", "after", "change (95 % interval)", "accuracy, %", "steps", "images", "minutes"]
+    header = ["objective", "seed", "goal", "before", "after", "change (95 % interval)", "accuracy, %"]
+    header += ["steps", "images", "minutes"]
     rows = []
     for file in sorted(out.glob("*/result.json")):
         r = json.loads(file.read_text())
