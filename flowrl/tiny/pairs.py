@@ -97,6 +97,17 @@ def captioned_scenes(count: int, seed: int) -> tuple[np.ndarray, list[Spec], np.
     return render_batch(scenes, rng), specs, agreement(scenes, specs)
 
 
+def one_word_apart(spec: Spec, seed: int) -> tuple[Scene, Scene, Spec]:
+    """A scene of a caption, the like scene of a caption of "train" that differs in one word, and that caption. Places, sizes and
+    free colours are drawn alike, so that the scenes differ in little but the word; the second does not show the first caption."""
+    others = neighbours(spec)
+    for k in np.random.default_rng([seed, 1]).permutation(len(others)):
+        right, wrong = (sample_scene(one, np.random.default_rng(seed)) for one in (spec, others[k]))
+        if not agreement([wrong], [spec])[0, 0]:
+            return right, wrong, others[k]
+    raise ValueError(f"every scene of a caption one word away from {spec['prompt']!r} shows it, too")
+
+
 def word_tests(per_kind: int, seed: int) -> tuple[np.ndarray, list[Spec], list[Spec]]:
     """Held-out pictures, their captions (of "test"), and captions one word away that they do not show, `per_kind` each kind."""
     rng = np.random.default_rng(seed)
