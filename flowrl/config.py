@@ -69,8 +69,9 @@ class Recipe:
     )
     data: str | None = option(
         None,
-        "Train on these pictures instead of the policy's own: preference pairs (a .jsonl or .parquet file, a run, a folder with "
-        "chosen/, rejected/, prompts/), or a folder of pictures with captions.",
+        "Train on these pictures instead of the policy's own: preference pairs (a .jsonl or .parquet file, a folder with chosen/, "
+        "rejected/, prompts/), the samples of a run compared by a reward (\"RUN reward=NAME gap=0.1\"), a folder of pictures with "
+        "captions, or what the embedded world draws (tiny-pairs, tiny-scenes).",
     )
     eval_prompts: str | None = option(None, "Prompts of the evaluations during training; none by default.")
     eval_rewards: dict[str, Any] = option(
@@ -147,8 +148,18 @@ class Recipe:
     confidence: str | None = option(
         None, "Label of one of `rewards`, of the kind `uncertain`, whose confidence in a sample weighs its advantage (Ctrl-U)."
     )
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
-        "normalize_then_sum", "Several rewards: sum and normalise, or normalise each and sum (GDPO)."
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum", "correlation", "pareto", "softmin"] = option(
+        "normalize_then_sum",
+        "Several rewards: sum and normalise, or normalise each and sum (GDPO), weigh those less that agree with the others "
+        "(correlation), keep what no other sample of the group beats in every reward (pareto), or let the worst count (softmin).",
+    )
+    aggregation_temperature: float = option(
+        0.5, "Of correlation and softmin: 0 would listen to one reward alone, large values to all the same."
+    )
+    constraints: dict[str, Any] = option(
+        {},
+        "Rewards whose mean is to reach a value, and which count only while it does not: {tiny_artifact: 0.8}, or with a mapping "
+        "of at_least or at_most, rate, decay, most. Their weight is the multiplier that a Lagrangian gives them.",
     )
 
     # -- optimiser
@@ -183,7 +194,7 @@ class Recipe:
     def __post_init__(self) -> None:
         positive = (
             "lora_rank", "num_inference_steps", "prompts_per_step", "updates_per_step", "batch_size", "max_steps",
-            "learning_rate", "max_grad_norm", "eval_num_inference_steps", "eval_seeds",
+            "learning_rate", "max_grad_norm", "eval_num_inference_steps", "eval_seeds", "aggregation_temperature",
         )  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
@@ -207,6 +218,11 @@ class Recipe:
         if self.num_generations < 2:
             raise ConfigError(
                 f"num_generations={self.num_generations}: a group of one has no advantage; use at least 2, better 8 to 24"
+            )
+        if self.aggregation == "correlation" and self.num_generations < 3:
+            raise ConfigError(
+                f"aggregation=correlation: two samples have no correlation; use num_generations of at least 3, better 8 to 24, not "
+                f"{self.num_generations}"
             )
         if self.num_inference_steps < 2:
             raise ConfigError(

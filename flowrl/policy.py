@@ -395,7 +395,7 @@ class Policy:
             if b.shape != z.shape:
                 raise ValueError(
                     f"pictures of {pictures.shape[-1]} x {pictures.shape[-2]} pixels give latents {tuple(z.shape[1:])}, this "
-                    f"pipeline's call wants {tuple(b.shape[1:])}: set height and width, or resize the pictures"
+                    f"pipeline's call wants {tuple(b.shape[1:])}: set height and width, and num_frames of clips"
                 )
             (latents,) = torch.autograd.grad(b, x, (z - b.detach()) / a.square())
         return latents
