@@ -73,6 +73,7 @@ EMBEDDED = (
     "tiny_artifact",
     "tiny_transport",
     "tiny_latent",
+    "tiny_yes_token",
 )
 
 __all__ = [

@@ -115,6 +115,12 @@ def test_auc_by_hand():
     assert auc(torch.tensor([3.0, 1, 2, 1]), torch.tensor([1, 1, 0, 0])) == pytest.approx(2.5 / 4)
 
 
+def test_an_auc_of_scores_that_are_none_is_none():
+    """Not 0, which would say that every positive scores below every negative."""
+    assert math.isnan(auc(torch.tensor([3.0, 1, torch.nan, 1]), torch.tensor([1, 1, 0, 0])))
+    assert math.isnan(auc(torch.tensor([3.0, 1]), torch.tensor([1, 1])))
+
+
 def test_training_learns_and_the_folder_says_the_same(backbone, tmp_path):
     backbone.save(tmp_path / "eyes")
     task = {"name": "artifact", "backbone": str(tmp_path / "eyes"), "layers": [0], "hidden": 32, "scenes": 200, "generated": 16}

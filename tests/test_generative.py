@@ -10,6 +10,7 @@ from flowrl.config import ConfigError
 from flowrl.reward_models import RewardError, load_reward
 from flowrl.reward_models.base import to_pil
 from flowrl.reward_models.generative import VisionLanguage, YesToken, one_token, yes_loss
+from flowrl.train.rewards.artifact import auc
 from flowrl.train.rewards.contrastive import tiny_clip
 from flowrl.train.rewards.generative import _not_shown, tiny_vision_language
 from flowrl.train.rewards.loop import RewardTrainer, load_reward_recipe
@@ -160,6 +161,27 @@ def recipe(eyes, out, task=None, **values):
     return load_reward_recipe({"task": section, **base, **values, "output_dir": str(out)})
 
 
+def test_generated_pictures_are_judged_as_the_reward_judges_them(eyes, tmp_path, monkeypatch):
+    """They are kept in 8 bits, 0 to 255: their AUC against the exact reader is that of the reward on the same pictures in [0, 1],
+    and stands in the table with the number of pictures."""
+    kept = torch.randint(0, 256, (2, 4, 3, 64, 64), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    strict = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]])
+    prompts = ["a red circle", "two blue stars"]
+    monkeypatch.setattr("flowrl.train.rewards.generative.drawn_tests", lambda each: (prompts, kept, strict))
+    trainer = RewardTrainer(recipe(eyes, tmp_path / "run", max_steps=1))
+    trainer.train()
+    value, n = trainer.held_out["samples/auc"]
+    each = [Prompt(prompt) for prompt in prompts for _ in range(4)]
+    judged = Samples(each, [0] * 8, torch.arange(8), torch.zeros(8, 1), kept.flatten(0, 1) / 255)
+    with trainer.averaged():
+        trainer.module.eval()
+        trainer.module.save(tmp_path / "exact", torch.float32)  # the run's folder holds half precision
+    assert (value, n) == (pytest.approx(auc(YesToken(tmp_path / "exact")(judged), strict.flatten())), 8)
+    assert trainer.held_out["samples/pairs"].n == 4 + 4  # two right and two wrong pictures of each caption
+    assert 0 < value < 1 and trainer.held_out["accuracy"].n == 480 and trainer.held_out["pairs/counting"].n == 40
+    assert "| samples/auc         |      8 |" in (tmp_path / "run" / "README.md").read_text()
+
+
 def files_of_pairs(tmp_path):
     """Bright pictures are better than dark ones."""
     from PIL import Image
@@ -185,7 +207,7 @@ def test_training_on_pairs_learns_and_the_folder_says_the_same(eyes, tmp_path, t
     if task.get("lora_rank"):
         assert all("lora_" in name for name in moved)
     else:
-        assert trainer.scores == {"accuracy": 1.0, "pairs": 1.0}
+        assert trainer.held_out == {"accuracy": (1.0, 8), "pairs": (1.0, 4)}
     reward = load_reward(tmp_path / "run")
     bright, dark = torch.full((1, 3, 64, 64), 0.9), torch.full((1, 3, 64, 64), 0.08)
     if task.get("reference"):

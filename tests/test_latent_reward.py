@@ -229,7 +229,7 @@ def test_the_task_draws_refreshes_and_resumes(model, prompts, tmp_path):
     rest.train()
     for ours, theirs in zip(whole.trained.values(), rest.trained.values(), strict=True):
         assert torch.equal(ours, theirs)
-    assert {"spearman/t0.0", "pair_accuracy/t0.8"} < set(whole.scores)
+    assert {"spearman/t0.0", "pair_accuracy/t0.8"} < set(whole.held_out)
     reward = load_reward(tmp_path / "whole")
     with torch.no_grad(), whole.averaged():
         expected = whole.task.head.eval().offset + whole.task.head.scale * whole.task._values(0.0)

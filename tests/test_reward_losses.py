@@ -150,11 +150,19 @@ def test_lists_of_two_padding_and_lists_without_order(loss):
 # ------------------------------------------------------------------------------------------------ measures
 
 
+def test_accuracy_within_a_prompt():
+    """Row 1: both right ones above the wrong one; row 2: the right one above one wrong one and below the other. Rows do not meet."""
+    scores, truth = t([1.0, 2.0, 9.0], [5.0, 6.0, 7.0]), t([0.0, 1.0, 1.0], [0.0, 1.0, 0.0])
+    assert losses.accuracy_within(scores, truth) == (pytest.approx(3 / 4), 4)
+
+
 def test_accuracy():
     """Decided pairs: right, wrong, equal scores (a half). The tie does not count."""
     assert losses.accuracy(t(1.0, -2.0, 0.0, 5.0), t(1.0, 1.0, 0.0, 0.5)) == pytest.approx(0.5)
     assert losses.accuracy(t(3.0, -3.0), t(0.8, 0.1)) == 1
     assert math.isnan(losses.accuracy(t(1.0), t(0.5)))
+    assert math.isnan(losses.accuracy(t(1.0, math.nan), t(1.0, 1.0)))
+    assert losses.accuracy(t(1.0, math.nan), t(1.0, 0.5)) == 1  # what is not decided does not count
 
 
 def test_tie_calibration_by_hand():

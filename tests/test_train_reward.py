@@ -18,7 +18,8 @@ from flowrl.batch import Prompt, Samples
 from flowrl.config import ConfigError
 from flowrl.pairs import PreferencePair, RankedList
 from flowrl.record import STATE, checkpoints, read_metrics, trained_parts
-from flowrl.reward_models import load_reward
+from flowrl.reward_models import EMBEDDED, load_reward
+from flowrl.reward_models.base import embedded_folder
 from flowrl.tiny.pairs import word_tests
 from flowrl.train.rewards import TASKS
 from flowrl.train.rewards.contrastive import contrastive_loss, tiny_clip
@@ -91,7 +92,9 @@ def test_a_preference_is_learnt_kept_and_used(data, tmp_path, capsys):
     card, out = (folder / "README.md").read_text(), capsys.readouterr().out
     assert f"Use it: flowrl train quickstart rewards.{folder}=1" in out
     row = next(line for line in card.splitlines() if line.startswith("| accuracy "))
-    assert row.strip() in out and row.endswith("  0.000 |  1.000 |") and "40 steps of 8 examples" in card
+    decided = sum(pair.label != 0.5 for pair in run.task.test_set)
+    assert row.strip() in out and "40 steps of 8 examples" in card
+    assert [cell.strip() for cell in row.split("|")] == ["", "accuracy", str(decided), "0.000", "1.000", ""] and decided >= 4
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.glob("*.safetensors"))
     with pytest.raises(ConfigError, match="is a run of train-reward: a reward, "):
         trained_parts(folder)
@@ -261,7 +264,7 @@ def test_every_objective_learns_to_prefer_blue(data, tmp_path, options):
     run = trainer(data, tmp_path / "run", "max_steps=30", "eval_steps=0", *(f"task.{option}" for option in options))
     frozen = {name: p.clone() for name, p in run.module.named_parameters() if not p.requires_grad}
     folder = run.train()
-    assert run.scores["accuracy"] == 1, run.scores
+    assert run.held_out["accuracy"].value == 1, run.held_out
     reward = load_reward(folder)
     assert float(reward(plain(BLUE))) > float(reward(plain(RED)))
     assert bool(frozen) == ("freeze=0.5" in options)
@@ -284,7 +287,7 @@ def test_a_gaussian_head_doubts_what_labels_disagree_on(tmp_path, data):
     reward = load_reward(run.train())
     sure, both = (float(reward(plain(RED, prompt)) - reward(plain(BLUE, prompt))) for prompt in ("sure 0", "open 1"))
     assert sure > 2 > abs(both), (sure, both)
-    assert (reward.distribution(plain(RED))[:, 1] > 0).all() and run.scores["calibration_error"] < 0.2
+    assert (reward.distribution(plain(RED))[:, 1] > 0).all() and run.held_out["calibration_error"].value < 0.2
 
 
 def test_weights_between_the_first_and_the_trained_ones(data, tmp_path):
@@ -346,7 +349,7 @@ def test_pairs_of_a_run_train_a_reward(data, tmp_path):
     (place / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = trainer(data, tmp_path / "run", f"task.data={tmp_path}", "task.reward=redness", "max_steps=20", "eval_steps=0")
     run.train()
-    assert run.scores["accuracy"] == 1 and run.scores["ties"] == pytest.approx(1 / 3)
+    assert run.held_out["accuracy"].value == 1 and run.held_out["ties"].value == pytest.approx(1 / 3)
 
 
 # ------------------------------------------------------------------------------------------------ a dual encoder
@@ -397,9 +400,26 @@ def words() -> tuple[Samples, Samples]:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("tiny_clip", 0.93), ("tiny_preference", 0.8), ("tiny_preference_1", 0.8), ("tiny_preference_2", 0.8)]
+    ("name", "least"),
+    [
+        ("tiny_clip", 0.93),
+        ("tiny_preference", 0.8),
+        ("tiny_preference_1", 0.8),
+        ("tiny_preference_2", 0.8),
+        ("tiny_yes_token", 0.8),
+    ],
 )
 def test_the_embedded_models_tell_a_wrong_word(words, name, least):
     reward = load_reward(name)
     right, wrong = (reward(samples) for samples in words)
     assert float((right > wrong).float().mean()) > least
+
+
+def test_what_ships_is_named_small_and_has_a_card():
+    places = {place.name: place for place in embedded_folder("tiny_clip").parent.iterdir() if place.is_dir()}
+    assert set(places) == set(EMBEDDED)
+    for name, place in places.items():
+        files = [file for file in place.rglob("*") if file.is_file()]
+        assert sum(file.stat().st_size for file in files) < 2e6, name
+        assert {file.suffix for file in files} <= {".safetensors", ".json", ".md", ".jinja"}, name
+        assert f'load_reward("{name}")' in (place / "README.md").read_text() and load_reward(name).name == name

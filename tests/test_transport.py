@@ -222,8 +222,8 @@ def test_trained_saved_and_loaded(tmp_path):
     """One command makes the folder; its reward is the cosine with the carried text, and carried texts lie where pictures do."""
     trainer = RewardTrainer(recipe(tmp_path / "run", count=200, held_out=64))
     folder = trainer.train()
-    assert trainer.scores["frechet"] < 0.5 * trainer.scores["frechet_of_texts"]
-    assert trainer.scores["accuracy"] > 0.85
+    assert trainer.held_out["frechet"].value < 0.5 * trainer.held_out["frechet_of_texts"].value
+    assert trainer.held_out["accuracy"].value > 0.85
     reward = load_reward(folder)
     images, prompts = scenes(6)
     task = trainer.task

@@ -22,7 +22,8 @@ from flowrl.reward_models.artifact import TINY_KINDS, ArtifactHead, encoder, fea
 from flowrl.reward_models.base import embedded_folder
 from flowrl.tiny import detect_batch, random_spec, render, sample_scene, verify
 from flowrl.tiny.corrupt import KINDS, LABELS, corrupt
-from flowrl.train.rewards.loop import RewardRecipe, positions, seeds
+from flowrl.train.rewards.loop import RewardRecipe, Score, positions, seeds
+from flowrl.train.rewards.losses import wins
 
 
 @dataclass
@@ -91,10 +92,9 @@ def samples(policy: Policy, count: int, steps: int, split: str, rng: np.random.G
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Chance that a positive scores above a negative, ties counting half; NaN without either."""
+    """Chance that a positive scores above a negative, ties counting half; NaN without either, and where a score is NaN."""
     above, below = scores[positive.bool()], scores[~positive.bool()]
-    difference = above[:, None] - below[None]
-    return float(((difference > 0).float() + 0.5 * (difference == 0)).mean())
+    return float(wins(above[:, None] - below[None]).mean())
 
 
 @dataclass
@@ -163,23 +163,23 @@ class Artifact:
         accuracy = ((whole > 0) == (damaged > 0.5)).float().mean()
         return total, {**{name: value.item() for name, value in parts.items()}, "accuracy": accuracy.item()}
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Score]:
         """AUC and accuracy at 0.5, on scenes and on samples; AUC of the map, and of each kind of damage against clean."""
-        result: dict[str, float] = {}
+        result: dict[str, Score] = {}
         for name, part in self.tests.items():
             pixels = self.encoder.pixels(part.images.to(self.device))
             whole, each, where = (x.cpu() for x in self.head(self.test_states[name].to(self.device), pixels))
-            result[f"{name}/auc"] = auc(whole, part.damaged)
-            result[f"{name}/accuracy"] = ((whole > 0) == (part.damaged > 0.5)).float().mean().item()
+            result[f"{name}/auc"] = Score(auc(whole, part.damaged), len(whole))
+            result[f"{name}/accuracy"] = Score.mean((whole > 0) == (part.damaged > 0.5))
             cells = F.adaptive_avg_pool2d(part.mask[:, None].float(), self.encoder.grid)[:, 0].gt(0.05)
             hurt = part.damaged > 0.5
-            result[f"{name}/map_auc"] = auc(where[hurt].flatten(), cells[hurt].flatten())
+            result[f"{name}/map_auc"] = Score(auc(where[hurt].flatten(), cells[hurt].flatten()), int(hurt.sum()))
             if name == "scenes":
                 for i, kind in enumerate(TINY_KINDS):
-                    result[f"kinds/{kind}/auc"] = auc(each[hurt, i], part.kinds[hurt, i])
+                    result[f"kinds/{kind}/auc"] = Score(auc(each[hurt, i], part.kinds[hurt, i]), int(hurt.sum()))
                 for kind in KINDS:
                     rows = torch.tensor([source in (kind, "clean") for source in part.source])
-                    result[f"scenes/{kind}/auc"] = auc(whole[rows], part.damaged[rows])
+                    result[f"scenes/{kind}/auc"] = Score(auc(whole[rows], part.damaged[rows]), int(rows.sum()))
         return result
 
     def save(self, folder: Path) -> None:

@@ -22,7 +22,8 @@ from flowrl.reward_models.backbones import ClipBackbone
 from flowrl.reward_models.base import REWARD_FILE
 from flowrl.tiny import SIZE
 from flowrl.tiny.pairs import captioned_scenes, word_tests
-from flowrl.train.rewards.loop import RewardRecipe, positions
+from flowrl.train.rewards.loop import RewardRecipe, Score, positions
+from flowrl.train.rewards.losses import accuracy_within
 
 MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  #: Of the pixels: [0, 1] becomes [-1, 1].
 
@@ -120,22 +121,20 @@ class Contrastive:
         )
         return F.cosine_similarity(pictures, self.module.texts(prompts)).cpu()
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Score]:
         """accuracy: of the right caption against one a word away, on held-out captions; then of each kind of caption.
         drawn: of generated pictures, how often one that shows its caption beats one that does not."""
-        from flowrl.train.rewards.losses import accuracy
-
         images, right, wrong = self.words
         wins = self._scores(images, [s["prompt"] for s in right]) > self._scores(images, [s["prompt"] for s in wrong])
-        result = {"accuracy": float(wins.float().mean())}
+        result = {"accuracy": Score.mean(wins)}
         for kind in dict.fromkeys(spec["kind"] for spec in right):
-            result[kind] = float(wins[[spec["kind"] == kind for spec in right]].float().mean())
+            result[kind] = Score.mean(wins[[spec["kind"] == kind for spec in right]])
         if self.drawn:
             prompts, pictures, strict = self.drawn
             scores = self._scores(pictures.flatten(0, 1), [p for p in prompts for _ in range(pictures.shape[1])]).view(
                 strict.shape
             )
-            result["drawn"] = accuracy(scores[:, :, None] - scores[:, None], (strict[:, :, None] - strict[:, None] + 1) / 2)
+            result["drawn"] = Score(*accuracy_within(scores, strict))
         return result
 
     def save(self, folder: Path) -> None:

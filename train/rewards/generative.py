@@ -29,7 +29,8 @@ from flowrl.reward_models.generative import ANSWERS, QUESTION, REFERENCE_QUESTIO
 from flowrl.tiny import KINDS, all_specs
 from flowrl.tiny.pairs import captioned_scenes, drawn_tests, word_tests
 from flowrl.train.rewards.artifact import auc
-from flowrl.train.rewards.loop import RewardRecipe, picks, positions
+from flowrl.train.rewards.loop import RewardRecipe, Score, picks, positions
+from flowrl.train.rewards.losses import accuracy_within, wins
 
 #: A turn is its pictures, its words, and a mark where the answer begins.
 TEMPLATE = (
@@ -179,27 +180,28 @@ class Generative:
 
     def _gaps(self, images: list[Tensor], questions: list[str]) -> Tensor:
         rows = torch.arange(len(questions)).split(60)
-        parts = [self.network.gap([x[r].to(self.device) for x in images], [questions[i] for i in r]).cpu() for r in rows]
+        parts = [
+            self.network.gap([load_picture(x[r]).to(self.device) for x in images], [questions[i] for i in r]).cpu() for r in rows
+        ]
         return torch.cat(parts)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Score]:
         """Of yes and no: accuracy; of a yes and a no that belong together: how often the yes has the larger gap, in `pairs`."""
         if self.data != "scenes":
             images, questions, yes = self._asked(self.test_pairs)
             gaps = self._gaps(images, questions)
-            accuracy = ((gaps > 0) == yes).float().mean().item()
-            return {"accuracy": accuracy, "pairs": (gaps[::2] > gaps[1::2]).float().mean().item()}
+            return {"accuracy": Score.mean((gaps > 0) == yes), "pairs": Score.mean(wins(gaps[::2] - gaps[1::2]))}
         pictures, right, wrong = self.tests
         says = [self._gaps([pictures], [self.asked.format(prompt=prompt) for prompt in prompts]) for prompts in (right, wrong)]
-        result = {
-            "accuracy": ((says[0] > 0).float().mean() / 2 + (says[1] < 0).float().mean() / 2).item(),
-            "pairs": (says[0] > says[1]).float().mean().item(),
-        }
-        for kind, part in zip(KINDS, (says[0] > says[1]).float().chunk(len(KINDS)), strict=True):
-            result[f"pairs/{kind}"] = part.mean().item()
+        won = wins(says[0] - says[1])
+        result = {"accuracy": Score.mean(torch.cat([says[0] > 0, says[1] < 0])), "pairs": Score.mean(won)}
+        for kind, part in zip(KINDS, won.chunk(len(KINDS)), strict=True):
+            result[f"pairs/{kind}"] = Score.mean(part)
         prompts, drawn, strict = self.drawn
         asked = [self.asked.format(prompt=prompt) for prompt in prompts for _ in range(drawn.shape[1])]
-        result["samples/auc"] = auc(self._gaps([drawn.flatten(0, 1)], asked), strict.flatten())
+        gaps = self._gaps([drawn.flatten(0, 1)], asked)
+        result["samples/auc"] = Score(auc(gaps, strict.flatten()), len(asked))
+        result["samples/pairs"] = Score(*accuracy_within(gaps.view(strict.shape), strict))
         return result
 
     def save(self, folder: Path) -> None:
@@ -225,9 +227,11 @@ class Generative:
             lines.append(f"Trained from `{self.model}`.\n")
         if self.data == "scenes":
             lines.append(
-                "Trained on drawn scenes with their captions, and with captions one word away that they do not show. Held out:"
-                " `accuracy` and `pairs` (is the right caption likelier than the wrong one?) on 240 scenes of test captions;"
-                " `samples/auc`: 480 samples of `tiny-sd3` for test captions against the exact reader."
+                "Trained on drawn scenes with their captions, and with captions one word away that they do not show. Held out,"
+                " on 240 scenes of test captions: `accuracy`, and `pairs`, how often the right caption is likelier than the wrong"
+                " one. On 480 samples of `tiny-sd3` for test captions, against the exact reader: `samples/pairs`, how often the"
+                " right one of two samples of a caption is likelier, and `samples/auc`, the same of samples of any captions, in"
+                " which even a model that sees nothing may exceed 0.5, as some captions are easier to draw than others."
             )
         else:
             lines.append(f"Trained on the preference pairs of `{self.data}`, held out: `{self.eval_data}`.")

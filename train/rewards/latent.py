@@ -29,7 +29,8 @@ from flowrl.reward_models.latent import (
     save_head,
     spearman,
 )
-from flowrl.train.rewards.loop import RewardRecipe, positions
+from flowrl.train.rewards.loop import RewardRecipe, Score, positions
+from flowrl.train.rewards.losses import wins
 
 TIMES = (0.0, 0.2, 0.4, 0.6, 0.8)  #: Noise levels of the held-out numbers.
 
@@ -120,13 +121,14 @@ class Latent:
         pool, rows = batch
         return latent_loss(self.head, pool, rows, self.rank_weight, self.device)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Score]:
         """Rank correlation with the true reward per noise level, and how often the better of two of a prompt scores higher."""
         known, result = ~self.truth.isnan(), {}
+        pairs = int(better_than(self.truth, self.held_out.group).sum())
         for t in TIMES:
             value = self._values(t)
-            result[f"spearman/t{t}"] = spearman(value[known], self.truth[known])
-            result[f"pair_accuracy/t{t}"] = pair_accuracy(value, self.truth, self.held_out.group)
+            result[f"spearman/t{t}"] = Score(spearman(value[known], self.truth[known]), int(known.sum()))
+            result[f"pair_accuracy/t{t}"] = Score(pair_accuracy(value, self.truth, self.held_out.group), pairs)
         return result
 
     def _values(self, t: float) -> Tensor:
@@ -152,8 +154,11 @@ a time, {self.refresh_samples} of them replaced every {self.refresh_steps} steps
 how often the better of two samples of one prompt scores higher (0.5 is chance), at noise levels t (1 is noise)."""
 
 
+def better_than(truth: Tensor, group: Tensor) -> Tensor:
+    """(N, N) bool: the first is truly better than the second, of the same group."""
+    return (group[:, None] == group) & (truth[:, None] > truth)
+
+
 def pair_accuracy(value: Tensor, truth: Tensor, group: Tensor) -> float:
     """How often `value` has two of a group in their true order, over all pairs that differ. NaN where there are none."""
-    better = (group[:, None] == group) & (truth[:, None] > truth)
-    difference = (value[:, None] - value)[better]
-    return float(((difference > 0).float() + 0.5 * (difference == 0)).mean())
+    return float(wins((value[:, None] - value)[better_than(truth, group)]).mean())

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,19 @@ from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, prin
 from flowrl.train.rewards import find_task
 from flowrl.train.rewards.recipe import RewardRecipe, load_reward_recipe
 
-__all__ = ["RewardRecipe", "RewardTrainer", "Task", "load_reward_recipe", "load_task", "picks", "positions", "seeds"]
+__all__ = ["RewardRecipe", "RewardTrainer", "Score", "Task", "load_reward_recipe", "load_task", "picks", "positions", "seeds"]
+
+
+class Score(NamedTuple):
+    """A held-out number, and how many examples (pictures, or pairs of them) it is taken over."""
+
+    value: float
+    n: int
+
+    @classmethod
+    def mean(cls, values: Tensor) -> Score:
+        """Of (n,) bools or numbers."""
+        return cls(values.float().mean().item(), len(values))
 
 
 class Task(Protocol):
@@ -46,7 +58,7 @@ class Task(Protocol):
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """Mean loss of the batch with graph, and metrics."""
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Score]:
         """Held-out scores, without gradient; the module holds the averaged weights and is in evaluation mode."""
 
     def save(self, folder: Path) -> None:
@@ -130,7 +142,7 @@ class RewardTrainer:
             self._load(self.checkpoint)
         self.saved_at = self.progress.step if record.lies_in(self.checkpoint, self.folder) else None
         self.finished = False  #: Whether train() came to its end, and not to Ctrl-C.
-        self.scores: dict[str, float] = {}  #: Of the last evaluation.
+        self.held_out: dict[str, Score] = {}  #: Of the last evaluation.
         self._interrupts = Interrupts(self.is_main)
 
     # -- steps
@@ -200,8 +212,8 @@ class RewardTrainer:
             return {}
         with self.averaged(), torch.no_grad():
             self.module.eval()
-            self.scores = self.task.evaluate()
-        return {f"eval/{name}": value for name, value in self.scores.items()}
+            self.held_out = self.task.evaluate()
+        return {f"eval/{name}": score.value for name, score in self.held_out.items()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -249,7 +261,7 @@ class RewardTrainer:
     def _postfix(self, metrics: dict[str, float]) -> str:
         shown = {"loss": "loss", "accuracy": "accuracy", "grad_norm": "grad", "step_time": "s"}
         parts = [f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics]
-        return "  ".join([*parts, *(f"held-out {name} {value:.3g}" for name, value in list(self.scores.items())[:1])])
+        return "  ".join([*parts, *(f"held-out {name} {value:.3g}" for name, (value, _) in list(self.held_out.items())[:1])])
 
     def _should_stop(self) -> bool:
         """Sets `finished`, too: an interrupted run is not."""
@@ -298,7 +310,7 @@ class RewardTrainer:
         """The reward model with its card into the run's folder, and a table of what it scores."""
         if not self.is_main:
             return
-        if not self.scores:
+        if not self.held_out:
             self.evaluate()
         with self.averaged(), record.writing(self.folder), record.unfinished(self.folder) as temporary:
             self.module.eval()
@@ -314,15 +326,13 @@ class RewardTrainer:
         print(f"\nDone: {self.folder}\nUse it: flowrl train quickstart rewards.{self.folder}=1")
 
     def _table(self) -> list[str]:
-        """Held-out scores before and after, as the rows of a Markdown table."""
+        """Held-out scores before and after, each with its number of examples, as the rows of a Markdown table."""
         rows = record.read_metrics(self.folder)
         first = rows[0] if rows and rows[0]["step"] == 0 else {}
-        names = list(self.scores)
-        width = max(map(len, ["held out", *names]))
-        lines = [f"| {'held out'.ljust(width)} | before |  after |", f"|{'-' * (width + 2)}|-------:|-------:|"]
-        for name in names:
-            before = first.get(f"eval/{name}")
-            lines.append(f"| {name.ljust(width)} | {_short(before)} | {_short(self.scores[name])} |")
+        width = max(map(len, ["held out", *self.held_out]))
+        lines = [f"| {'held out'.ljust(width)} |      n | before |  after |", f"|{'-' * (width + 2)}|-------:|-------:|-------:|"]
+        for name, (value, n) in self.held_out.items():
+            lines.append(f"| {name.ljust(width)} | {n:6,} | {_short(first.get(f'eval/{name}'))} | {_short(value)} |")
         return lines
 
     def card(self) -> str:
@@ -376,8 +386,9 @@ threads), seed {seed}.
 
 {table}
 
-Held-out data; `before` is the model that training started from. A reward model is a proxy: what scores highest under it is not
-always what is best. Look at the pictures, and at a reward that was not trained on.
+Held-out data; `n` is the number of pictures, or of pairs of them, that a number is taken over; `before` is the model that training
+started from. A reward model is a proxy: what scores highest under it is not always what is best. Look at the pictures, and at a
+reward that was not trained on.
 
 ## Reproduce
 

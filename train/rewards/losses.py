@@ -103,12 +103,23 @@ def plackett_luce(scores: Tensor, ranks: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ measures
 
 
+def wins(d: Tensor) -> Tensor:
+    """1 where a difference is positive, 1/2 where it is 0, else 0; NaN stays NaN: a comparison that failed is not a lost one."""
+    return ((d.sign() + 1) / 2).masked_fill(d.isnan(), math.nan)
+
+
 def accuracy(d: Tensor, label: Tensor) -> float:
     """Share of the decided pairs (label not 0.5) whose preferred one scores higher; equal scores count half. NaN without any."""
     d, label = d.flatten(), label.flatten()
     decided = label != 0.5
-    agrees = (d.sign() * (label - 0.5).sign() + 1) / 2
-    return float(agrees[decided].float().mean()) if decided.any() else math.nan
+    return float(wins(d * (label - 0.5).sign())[decided].mean()) if decided.any() else math.nan
+
+
+def accuracy_within(scores: Tensor, truth: Tensor) -> tuple[float, int]:
+    """Of two samples of one prompt, how often the truly better one scores higher, and of how many pairs. Both (P, n): a row is a
+    prompt, so that what makes one prompt easier than another does not count."""
+    better = (truth[:, :, None] - truth[:, None]).sign()
+    return accuracy(scores[:, :, None] - scores[:, None], (better + 1) / 2), int((better > 0).sum())
 
 
 def accuracy_with_ties(d: Tensor, label: Tensor, threshold: float | None = None) -> tuple[float, float]:

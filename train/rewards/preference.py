@@ -23,7 +23,7 @@ from flowrl.reward_models.backbones import ClipBackbone, Resize, resized
 from flowrl.reward_models.base import embedded_folder
 from flowrl.reward_models.preference import Head, PreferenceNetwork
 from flowrl.train.rewards import losses
-from flowrl.train.rewards.loop import RewardRecipe, picks
+from flowrl.train.rewards.loop import RewardRecipe, Score, picks
 
 Example = PreferencePair | RankedList
 
@@ -188,11 +188,11 @@ class Preference:
                 for p, before in zip(weights, trained, strict=True):
                     p.copy_(before)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Score]:
         with self.interpolated():
             return self.measure()
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, Score]:
         """accuracy: of decided pairs. accuracy_with_ties: of all, with the best tie threshold. calibration_error: of the
         probability that the first is preferred. rank_correlation: within lists. Of `tiny` also how often, and how well, the
         model agrees with the exact verifier."""
@@ -201,14 +201,19 @@ class Preference:
         means = scores if scores.ndim == 2 else scores[..., 0]
         d, label = differences(means, self.test_set)
         with_ties, threshold = losses.accuracy_with_ties(d, label)
-        result = {"accuracy": losses.accuracy(d, label), "accuracy_with_ties": with_ties, "tie_threshold": threshold}
+        decided = int((label != 0.5).sum())
+        result = {
+            "accuracy": Score(losses.accuracy(d, label), decided),
+            "accuracy_with_ties": Score(with_ties, len(label)),
+            "tie_threshold": Score(threshold, len(label)),
+        }
         if (label == 0.5).any() or self.objective == "ties":
-            result["ties"] = float((label == 0.5).float().mean())
+            result["ties"] = Score.mean(label == 0.5)
         if self.lists:
             ranks = ranks_of(self.test_set)
-            result["rank_correlation"] = losses.rank_correlation(means, -ranks)
+            result["rank_correlation"] = Score(losses.rank_correlation(means, -ranks), len(ranks))
         elif self.objective != "triplet":
-            result["calibration_error"] = losses.calibration_error(self._probability(scores, d), label)
+            result["calibration_error"] = Score(losses.calibration_error(self._probability(scores, d), label), decided)
         return result | (self._against_the_verifier() if self.data == "tiny" else {})
 
     def _probability(self, scores: Tensor, d: Tensor) -> Tensor:
@@ -220,7 +225,7 @@ class Preference:
             return first / (first + second)
         return d.sigmoid()
 
-    def _against_the_verifier(self) -> dict[str, float]:
+    def _against_the_verifier(self) -> dict[str, Score]:
         exact = self.exact
         lists: list[Example] = [
             RankedList(prompt, tuple(images), (1.0,) * len(images))
@@ -228,12 +233,10 @@ class Preference:
         ]
         scores = torch.cat([self.scores_of(lists[i : i + 32]).cpu() for i in range(0, len(lists), 32)])
         means = scores if scores.ndim == 2 else scores[..., 0]
-        d = means[:, :, None] - means[:, None]
         result = {}
         for name, truth in (("strict", exact.strict), ("dense", exact.dense)):
-            said = ((truth[:, :, None] - truth[:, None]).sign() + 1) / 2
-            result[f"accuracy_{name}"] = losses.accuracy(d, said)
-        return result | {"rank_correlation_dense": losses.rank_correlation(means, exact.dense)}
+            result[f"accuracy_{name}"] = Score(*losses.accuracy_within(means, truth))
+        return result | {"rank_correlation_dense": Score(losses.rank_correlation(means, exact.dense), len(means))}
 
     # -- kept
 

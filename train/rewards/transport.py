@@ -26,7 +26,7 @@ from flowrl.reward_models.features import load_backbone, read_picture
 from flowrl.reward_models.gaussians import frechet_distance, moments
 from flowrl.reward_models.transport import TransportMap, network
 from flowrl.tiny import random_spec, render, sample_scene
-from flowrl.train.rewards.loop import RewardRecipe, picks
+from flowrl.train.rewards.loop import RewardRecipe, Score, picks
 
 
 class Game(nn.Module):
@@ -110,7 +110,7 @@ class Transport:
         loss = (cost - functional_call(critic, frozen, moved)[:, 0]).mean()
         return loss, {"transport_loss": loss.item(), "cost": cost.mean().item()}
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Score]:
         """Frechet distance of carried texts to pictures (and of texts as they are); mean cosine of pairs; and for two pictures of
         which one belongs to the text, how often it scores higher."""
         moved = F.normalize(self.game.transport(self.test_y), dim=-1)
@@ -118,12 +118,13 @@ class Transport:
         cosines = moved @ self.test_x.T
         own = cosines.diagonal()
         other = torch.tensor([[a != b for b in self.test_prompts] for a in self.test_prompts], device=own.device)
-        return {
+        values = {
             "frechet": float(frechet_distance(moments(moved), target)),
             "frechet_of_texts": float(frechet_distance(moments(self.test_y), target)),
             "cosine": own.mean().item(),
             "accuracy": (own[:, None] > cosines)[other].float().mean().item(),
         }
+        return {name: Score(value, len(own)) for name, value in values.items()}
 
     def save(self, folder: Path) -> None:
         """The map, and the encoder too where it is a folder of the user's."""
