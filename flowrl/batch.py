@@ -155,7 +155,7 @@ class Samples:
     steps: the recorded steps, noisiest first; each holds all N samples. references: (N, R, 3, H, W) in [0, 1], R pictures to
     compare each sample with, for rewards that need them. fps: frames per second of clips. maps: (N, h, w) in [0, 1], what a
     reward says of every place. start: (N,) int64, equal for samples of one prompt that set out from one noise; None where each
-    has its own.
+    has its own. each: (N, K) the advantage by each reward alone, NaN where it abstains; None unless gradients are balanced.
     """
 
     prompts: list[Prompt]
@@ -168,6 +168,7 @@ class Samples:
     fps: float | None = None
     maps: Tensor | None = None
     start: Tensor | None = None
+    each: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -200,6 +201,7 @@ class Samples:
             fps=self.fps,
             maps=of(self.maps),
             start=of(self.start),
+            each=of(self.each),
         )
 
     def by_group(self) -> list[Tensor]:

@@ -241,6 +241,14 @@ class Progress:
     seconds: float = 0.0
 
 
+class Stateful(Protocol):
+    """A part of the loop that a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def save_weights(policy: Policy, folder: Path, weights: str) -> None:
     """The trained weights as users load them: a LoRA file, or a pipeline in `model/`."""
     policy.save(folder if policy.has_lora else folder / "model", weights)
@@ -262,10 +270,11 @@ def save_checkpoint(
     progress: Progress,
     limit: int,
     learning: Mapping[str, LearningReward] | None = None,
+    keeping: Mapping[str, Stateful] | None = None,
 ) -> Path:
     """Everything a run needs to go on bit for bit, under `checkpoint-STEP`; then the oldest beyond `limit` go.
 
-    learning: the rewards that learn during the run, by name.
+    learning: the rewards that learn during the run, by name. keeping: whatever else has a state, by name.
     """
     place = folder / f"checkpoint-{progress.step}"
     with written_whole(place) as temporary:
@@ -279,6 +288,8 @@ def save_checkpoint(
         torch.save({"torch": torch.get_rng_state()}, state / "rng.pt")
         if learning:
             torch.save({name: reward.state_dict() for name, reward in learning.items()}, state / "rewards.pt")
+        if keeping:
+            torch.save({name: part.state_dict() for name, part in keeping.items()}, state / "loop.pt")
         python = random.getstate()
         numpy_state: Any = np.random.get_state()
         facts = {
@@ -385,6 +396,16 @@ def load_reward_states(checkpoint: Path, learning: Mapping[str, LearningReward])
         )
     for name, reward in learning.items():
         reward.load_state_dict(states[name])
+
+
+def load_states(checkpoint: Path, keeping: Mapping[str, Stateful]) -> None:
+    """Put back the state of parts of the loop; those that the checkpoint knows nothing of start as new."""
+    file = checkpoint / STATE / "loop.pt"
+    with reading(checkpoint):
+        states = torch.load(file, weights_only=True) if file.is_file() else {}
+    for name, part in keeping.items():
+        if name in states:
+            part.load_state_dict(states[name])
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:

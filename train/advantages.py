@@ -97,7 +97,7 @@ class Scaling:
 
     def each(self, rewards: Tensor, group: Tensor, weights: Tensor) -> Tensor:
         """(N, K) each reward's own advantage, the other way round where its weight is negative. NaN stays NaN."""
-        return normalized(rewards, group, self.scale, self.floor, self.best) * weights.sign()
+        return normalized(rewards, group, self.scale, self.floor, self.best) * torch.where(weights < 0, -1.0, 1.0)
 
     def over_batch(self, values: Tensor, centre: bool = True) -> Tensor:
         """Values (N,) over their deviation in the batch. The virtual sample's push is never centred away."""

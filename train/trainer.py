@@ -33,7 +33,9 @@ from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.samplers.schedules import Late, Spread, Times
 from flowrl.samplers.steering.euphonium import Euphonium, guided_rollout
 from flowrl.train import watch
-from flowrl.train.advantages import advantages, group_mean_std, normalized, weighted_sum, zero_variance_share
+from flowrl.train.advantages import Scaling, advantages, group_mean_std, normalized, weighted_sum, zero_variance_share
+from flowrl.train.balancing import Balancing, over_updates
+from flowrl.train.constraints import Constraints
 from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers, wind_up
 from flowrl.train.objectives import OBJECTIVES
 from flowrl.train.offline import Data
@@ -88,8 +90,13 @@ class Trainer:
         self.map_reward = _map_reward(self.rewards, recipe) if self.objective.needs.maps else None
         guidance = getattr(self.objective, "guidance", None)
         self.guidance = None if guidance is None else Euphonium(**guidance)
+        self.constraints = Constraints.of(recipe.constraints, self.rewards)
+        if recipe.constraints and self.objective.needs.differentiable:
+            raise ConfigError(f"constraints weigh advantages, and {recipe.objective['name']} climbs rewards: use grpo, nft, ...")
+        self.weights.update(self.constraints.signs)
         self.weights_row = torch.tensor([self.weights[name] for name in self.rewards])
         self.best = _best(self.rewards, self.weights, recipe) if recipe.virtual_best else None
+        self.balancing = Balancing.of(recipe, self.objective, self.weights)
         if recipe.prompts_per_step > len(self.prompts):
             raise ConfigError(
                 f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of "
@@ -139,6 +146,7 @@ class Trainer:
         if self.checkpoint:
             self.progress = record.load_checkpoint(self.checkpoint, self.policy, self.optimizer)
             record.load_reward_states(self.checkpoint, self.learning)
+            record.load_states(self.checkpoint, self.keeping_state)
         self.hooks = list(hooks)
         own = record.lies_in(self.checkpoint, self.folder)
         self.saved_at = self.progress.step if own else None  # step of the newest checkpoint in the folder
@@ -161,6 +169,11 @@ class Trainer:
         """The rewards that go on learning, those inside others too, each by a name of its own."""
         parts = [(label, i, part) for label, reward in self.rewards.items() for i, part in enumerate(parts_of(reward))]
         return {f"{label}.{i}" if i else label: part for label, i, part in parts if isinstance(part, LearningReward)}
+
+    @property
+    def keeping_state(self) -> dict[str, record.Stateful]:
+        """What else a checkpoint holds, by name."""
+        return {"constraints": self.constraints, **({} if self.balancing is None else {"balance": self.balancing})}
 
     def _make_trainable(self) -> None:
         recipe = self.recipe
@@ -246,18 +259,25 @@ class Trainer:
     def collect(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor, Tensor, dict[str, float]]:
         """The policy's own samples: batches with their recorded steps, all as one, scores (N, K), advantages (N,), metrics."""
         batches, samples, scores = self.scored(self.rollout(self.progress.step), clock)
+        constrained = self.constraints.update(self._gathered(scores), list(self.rewards))
         advantage, metrics = self.advantages(scores, samples.group)
+        metrics.update(constrained)
+        each = self.each(scores, samples.group)
         for stride in self.recipe.strides[1:]:
             _, ends, judged = self.scored((self.end(batch, stride) for batch in batches), clock)
             further, of_ends = self.advantages(judged, ends.group)
-            advantage = advantage + further
+            advantage, each = advantage + further, each + self.each(judged, ends.group)
             metrics[f"reward/stride{stride}"] = of_ends["reward"]
         if self.process is not None:
             metrics["process_reward"] = self.credit(batches)
             clock.lap("score_time")
         if self.recipe.confidence is not None:
             doubter: Any = self.rewards[self.recipe.confidence]
-            advantage = advantage * doubter.confidence(samples).cpu()
+            confidence = doubter.confidence(samples).cpu()
+            advantage, each = advantage * confidence, each * confidence.unsqueeze(1)
+        if self.balancing is not None:
+            for batch, own in zip(batches, each.split([len(batch) for batch in batches]), strict=True):
+                batch.each = own
         for label, reward in self.learning.items():
             learnt = reward.update(samples, partial(self.accelerator.reduce, reduction="mean"))
             metrics.update({f"rewards/{label}/{name}": value for name, value in learnt.items()})
@@ -376,20 +396,26 @@ class Trainer:
 
     def advantages(self, scores: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Advantages (N,) of this process's samples, computed over all processes, and the rewards' metrics."""
-        rewards = self.accelerator.gather(scores.to(self.accelerator.device)).cpu()
-        groups = self.accelerator.gather(group.to(self.accelerator.device)).cpu()  # int64: floats would merge large ids
+        rewards, groups = self._gathered(scores), self._gathered(group)  # int64: floats would merge large ids
         for k, name in enumerate(self.rewards):
             if rewards[:, k].isnan().all():
                 raise watch.CheckFailed(
                     f"reward {name!r} abstained (NaN) on every sample of step {self.progress.step + 1}: "
                     "does it fit these prompts?"
                 )
-        weights = self.weights_row
-        all_advantages = advantages(rewards, groups, weights, self.recipe.aggregation, self.recipe.scale_rewards, best=self.best)
-        count = len(group)
+        recipe, weights = self.recipe, self.weights_row
+        all_advantages = advantages(
+            rewards,
+            groups,
+            self.constraints.weights(weights, list(self.rewards)),
+            recipe.aggregation,
+            recipe.scale_rewards,
+            best=self.best,
+            temperature=recipe.aggregation_temperature,
+        )
         _, std, _ = group_mean_std(rewards, groups)
         metrics = {
-            "reward": float(weighted_sum(rewards, weights).nanmean()),
+            "reward": float(weighted_sum(rewards, self.constraints.free(weights, list(self.rewards))).nanmean()),
             "reward_std": float(std.nanmean()),
             "frac_reward_zero_std": zero_variance_share(rewards, groups),
         }
@@ -398,7 +424,20 @@ class Trainer:
             metrics[f"rewards/{name}/std"] = float(std[:, k].mean())
             if truncated := getattr(self.rewards[name], "truncated", 0.0):  # share of prompts whose tail its tokenizer cuts off
                 metrics[f"rewards/{name}/truncated"] = truncated
-        return all_advantages[self.rank * count : (self.rank + 1) * count].float(), metrics
+        return self._own(all_advantages), metrics
+
+    def each(self, scores: Tensor, group: Tensor) -> Tensor:
+        """(N, K) the advantages of this process's samples by each reward alone, NaN where it abstains."""
+        scaling = Scaling(self.recipe.scale_rewards, best=self.best)
+        return self._own(scaling.each(self._gathered(scores), self._gathered(group), self.weights_row))
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Of all processes, in the order of their rank."""
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+    def _own(self, gathered: Tensor) -> Tensor:
+        """This process's part of what `_gathered` brought together."""
+        return gathered.float().chunk(self.world)[self.rank]
 
     def update(self, batches: list[Samples], advantage: Tensor) -> dict[str, float]:
         """The step's optimiser updates, each over its share of the batches. advantage: (N,) in the order of the batches."""
@@ -406,11 +445,13 @@ class Trainer:
         gathered = _Metrics()
         per_update = len(batches) // recipe.updates_per_step
         split = self.chosen(batches, advantage)
-        norms, kept = [], []
+        norms, kept, measured = [], [], []
         for start in range(0, len(batches), per_update):
             part = split[start : start + per_update]
             rows = self._sum(sum(len(values) for _, values in part))
-            for batch, values in part:
+            if self.balancing is not None:
+                measured.append(self.balancing.backward(self, part, gathered, rows))
+            for batch, values in part if self.balancing is None else []:
                 if len(values):
                     self.backward(batch, values, gathered, rows)
             norms.append(self.apply())
@@ -418,6 +459,7 @@ class Trainer:
         metrics = gathered.means(self.accelerator)
         if hasattr(self.objective, "choose"):
             metrics["rows"] = sum(kept)
+        metrics.update(over_updates(measured))
         return {**metrics, "grad_norm": sum(norms) / len(norms), "learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def chosen(self, batches: list[Samples], advantage: Tensor) -> list[tuple[Samples, Tensor]]:
@@ -433,10 +475,13 @@ class Trainer:
             start += len(batch)
         return parts
 
-    def backward(self, batch: Samples, advantage: Tensor, gathered: _Metrics, rows: int | None = None) -> None:
+    def backward(
+        self, batch: Samples, advantage: Tensor, gathered: _Metrics, rows: int | None = None, loss_of: Any = None
+    ) -> None:
         """Add the gradient of one batch: the objective's mean over all trained rows of the update and all points.
 
-        rows: how many rows the update has in all processes; the plan's number by default.
+        rows: how many rows the update has in all processes; the plan's number by default. loss_of: in place of the objective's
+        loss; it is given the same.
         """
         needs = self.objective.needs
         if needs.trajectory and not bool(advantage.any()) and not (needs.reference or needs.process):
@@ -445,7 +490,7 @@ class Trainer:
         predict = self.predict(batch)
         advantage = advantage.to(batch.latents.device)
         for point, count in self.points(batch):
-            loss = self.objective.loss(predict, point, advantage)
+            loss = (loss_of or self.objective.loss)(predict, point, advantage)
             values = loss.total
             (values.sum() * (len(advantage) / (len(values) * rows * count))).backward()
             predict.forget()
@@ -541,6 +586,7 @@ class Trainer:
                 self.progress,
                 self.recipe.checkpoints_total_limit,
                 self.learning,
+                self.keeping_state,
             )
         self.saved_at = self.progress.step
         self.accelerator.wait_for_everyone()
@@ -733,7 +779,9 @@ def _best(rewards: dict[str, Reward], weights: dict[str, float], recipe: Recipe)
     """
     best = torch.tensor([traits_of(reward).range[int(weights[label] >= 0)] for label, reward in rewards.items()])
     known = best.isfinite()
-    if not bool(known.any() if recipe.aggregation == "normalize_then_sum" else known.all()):
+    if recipe.aggregation in ("pareto", "softmin"):
+        raise ConfigError(f"virtual_best shifts advantages that aggregation={recipe.aggregation} centres again: use another one")
+    if not bool(known.all() if recipe.aggregation == "sum_then_normalize" else known.any()):
         unknown_ones = ", ".join(label for label, is_known in zip(rewards, known, strict=True) if not is_known)
         raise ConfigError(
             f"virtual_best wants rewards with a known maximum, and {unknown_ones} has none: cap or squash it, "
