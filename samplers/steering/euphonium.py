@@ -60,9 +60,12 @@ class Euphonium:
         t = grid.t[index]
         with torch.enable_grad():
             x = (native.detach().float() / grid.scale(t)).requires_grad_()
-            g = gradient(reward(x, torch.full((len(x),), t, device=x.device), [prompt.text for prompt in prompts]), x)
+            values = reward(x, torch.full((len(x),), t, device=x.device), [prompt.text for prompt in prompts])
+            g = gradient(values, x)
+        rows = (-1, *[1] * (g.dim() - 1))
+        g = g.where(~values.detach().isnan().reshape(rows), 0.0)  # who abstains does not lean
         if self.normalize:
-            g = g / g.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, *[1] * (g.dim() - 1))
+            g = g / g.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(rows)
         return langevin_shift(transition.std(t, grid.t[index + 1], grid.t_max).to(g), g) / self.beta
 
 
