@@ -8,7 +8,7 @@ takes the unknown Z away. At v = v_old the gradient is that of A |v - v*|^2 / w,
 the tests). With `centre: softmax`, <.> leans to the best samples by weights softmax(r / temperature), then to the worst by
 softmax(-r / temperature), and L is the mean of both. A released version centres over whatever lies in the batch, here it is
 the prompt, as in the paper. That version keeps three sets of weights, of which the slowest samples and the other is R's; here
-`old` does both. Its pull is towards a guided reference; here the reference is guided as the policy is.
+`old` does both.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class CRD:
     kl: float = 0.1
     #: The pull on a sample is from 1e-4 (r = 0) to `kl` (r = 1): good ones are held where the reference is, bad ones let go.
     adaptive_kl: bool = False
+    #: Guidance of the reference in that pull: the policy, which samples without, then learns to look as if it were guided. 4.5 in
+    #: the paper. A second call of the denoiser; unset, the reference is called as the policy is.
+    kl_guidance: float | None = None
     #: Advantages are clipped to this magnitude, at which r is 0 or 1.
     advantage_clip: float = 5.0
     #: Around which mean of the group both rewards are centred.
@@ -62,7 +65,8 @@ class CRD:
     def loss(self, predict: Predict, noised: Noised, advantage: Tensor) -> Loss:
         """Loss per sample (B,) at noised final latents of whole groups. advantage: (B,) fp32."""
         target = noised.target
-        v_ref = predict.reference(noised) if self.kl > 0 else None
+        guided = {} if self.kl_guidance is None else {"guidance_scale": self.kl_guidance}
+        v_ref = predict.reference(noised, **guided) if self.kl > 0 else None
         v_old = predict.old(noised).float()
         v = predict(noised)
         A = advantage.clamp(-self.advantage_clip, self.advantage_clip)

@@ -5,11 +5,15 @@
 
 With w+ = w- = w, d = v - v_old and e = target - v_old this is  A_max beta t^2 / w |d|^2 - 2 A t^2 / w <e, d> + const:
 advantage-weighted regression with a trust region of strength beta, whose minimum d = A e / (A_max beta) is finite for negative
-advantages too (derived; checked in the tests). The paper writes the loss in v and without w; w is the released code's.
+advantages too. That is the paper's loss, which is in v (`weight: velocity`, w = t^2). The released code divides each branch by
+its own w (`branch`), which leaves the gradient at v = v_old as it is, but makes |x0+- - x0|^2 / w a distance rather than its
+square: of one sample, the minimum is then d = e / beta or -e / beta by the sign of A, however small A is. `old` takes w from
+v_old for both: evened out over samples and times as released, with the paper's minimum (derived; checked in the tests).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +24,17 @@ from flowrl.samplers.flow import x0_from
 from flowrl.train.objectives.base import Needs, Predict, check_choice, check_positive, error
 
 #: What an advantage (B,) counts as, by the name that a recipe uses.
-SIGNALS = {
+SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
     "all": lambda A: A,
     "positive": lambda A: A.clamp(min=0),
     "negative": lambda A: A.clamp(max=0),
     "binary": lambda A: A.sign(),
+}
+#: w (B,) from v_old's error of x0 (B, ...) and t (B,); None leaves it to each branch.
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
+    "branch": lambda error_old, t: None,
+    "old": lambda error_old, t: size(error_old),
+    "velocity": lambda error_old, t: t.double() ** 2,
 }
 
 
@@ -40,11 +50,13 @@ class NFT:
     advantage_clip: float = 5.0
     #: positive, negative: advantages of the other sign count as 0, which still holds v to v_old. binary: as 1 and -1.
     signal: Literal["all", "positive", "negative", "binary"] = "all"
+    #: w. branch: each branch's own mean absolute error. old: that of v_old for both. velocity: t^2, so that the errors are of v.
+    weight: Literal["branch", "old", "velocity"] = "branch"
 
     def __post_init__(self) -> None:
         check_positive(self, "beta", "advantage_clip")
         check_positive(self, "kl", or_zero=True)
-        check_choice(self, "signal")
+        check_choice(self, "signal", "weight")
 
     @property
     def needs(self) -> Needs:
@@ -58,8 +70,9 @@ class NFT:
         v = predict(noised)
         A = SIGNALS[self.signal](advantage).clamp(-self.advantage_clip, self.advantage_clip)
         r = 0.5 + A / (2 * self.advantage_clip)
-        positive = weighted_error(x0_from(x, (1 - self.beta) * v_old + self.beta * v.float(), t), x0)
-        negative = weighted_error(x0_from(x, (1 + self.beta) * v_old - self.beta * v.float(), t), x0)
+        w = WEIGHTS[self.weight](x0_from(x, v_old, t) - x0, t)
+        positive = weighted_error(x0_from(x, (1 - self.beta) * v_old + self.beta * v.float(), t), x0, w)
+        negative = weighted_error(x0_from(x, (1 + self.beta) * v_old - self.beta * v.float(), t), x0, w)
         values = self.advantage_clip / self.beta * (r * positive + (1 - r) * negative)
         metrics: dict[str, Tensor | float] = {
             "policy_loss": values.detach(),
@@ -73,8 +86,13 @@ class NFT:
         return Loss(values, metrics, penalty=self.kl * kl)
 
 
-def weighted_error(estimate: Tensor, truth: Tensor) -> Tensor:
-    """(B,) fp32, mean (estimate - truth)^2 / w, w = mean |estimate - truth| a constant of at least 1e-5; in fp64, as released."""
-    difference = (estimate - truth).double().flatten(1)
-    w = difference.detach().abs().mean(1).clamp(min=1e-5)
-    return (difference.square().mean(1) / w).float()
+def size(difference: Tensor) -> Tensor:
+    """(B,) fp64, mean |difference|, a constant."""
+    return difference.detach().double().abs().flatten(1).mean(1)
+
+
+def weighted_error(estimate: Tensor, truth: Tensor, w: Tensor | None = None) -> Tensor:
+    """(B,) fp32, mean (estimate - truth)^2 / w, in fp64, as released. w: (B,), at least 1e-5; their own size by default."""
+    difference = (estimate - truth).double()
+    w = size(difference) if w is None else w
+    return (difference.square().flatten(1).mean(1) / w.clamp(min=1e-5)).float()
