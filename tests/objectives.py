@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from flowrl import Policy, Trainer, load_recipe
-from flowrl.batch import Noised, Point, Step
-from flowrl.samplers import DanceSDE
+from flowrl.batch import Noised, Point, State, Step
+from flowrl.samplers import ODE, DanceSDE
 from tests.pipelines import CALL, DENOISER, GUIDED, tiny
 
 #: A velocity (B, ...), or one that depends on where it is asked for.
@@ -96,6 +97,22 @@ def make_step(transition=None, batch=2, seed=0, t=0.8, t_next=0.6):
     x_next = gaussian.sample(noise)
     step = Step(x, x_next, t, t_next, 0.95, gaussian.log_prob(x_next), 1, transition)
     return step, v, noise
+
+
+def make_nodes(
+    velocity: Given, kept: Sequence[int], grid: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0), batch=2, seed=0
+) -> tuple[list[Step], Tensor]:
+    """The recorded nodes of an ODE rollout of (batch, 3, 2) latents under a given velocity, and where it ends."""
+    torch.manual_seed(seed)
+    x, steps = torch.randn(batch, 3, 2), []
+    with torch.no_grad():
+        for i, (t, t_next) in enumerate(itertools.pairwise(grid)):
+            v = velocity(State(x, torch.full((batch,), t))) if callable(velocity) else velocity
+            x_next = x - (t - t_next) * v
+            if i in kept:
+                steps.append(Step(x, x_next, t, t_next, grid[1], torch.zeros(batch), i, ODE()))
+            x = x_next
+    return steps, x
 
 
 def make_noised(batch=4, group_size=2, seed=0, t: float | Sequence[float] | None = None, shape=(3, 2)) -> Noised:
