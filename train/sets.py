@@ -40,6 +40,9 @@ def sameness(seen: Frechet, samples: Samples) -> Distance:
     return distance
 
 
+SWEEPS = 10  #: How often exchanges are tried, at most; it ends where none helps, mostly after two or three.
+
+#: Set rewards by name: from what sees pictures, and the samples, to the distance of a set.
 DISTANCES: dict[str, Callable[[Frechet, Samples], Distance]] = {"frechet": frechet_to, "mmd": mmd_to, "vendi": sameness}
 
 
@@ -72,5 +75,5 @@ class SetReward:
         pair_of = torch.arange(len(pairs)).repeat_interleave(2)
         first = torch.tensor([1.0, 0.0]).repeat(len(pairs))
         distance = DISTANCES[self.kind](self.seen, samples)
-        better = better_half(x[pairs.flatten()], pair_of, distance, first).reshape(-1, 2)
+        better = better_half(x[pairs.flatten()], pair_of, distance, first, SWEEPS).reshape(-1, 2)
         return torch.where(better[:, :1], pairs, pairs.flip(1)), better.any(1)
