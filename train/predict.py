@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -117,10 +117,11 @@ class PolicyPredict:
 
     def scores(self, x0: Tensor, images: Tensor | None) -> Tensor:
         batch = self.batch
-        samples = Samples(batch.prompts, batch.seeds, batch.group, x0, images, references=batch.references, fps=batch.fps)
         climbed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, images))
         columns = []
         for name, reward in self.reward_functions.items():
+            latents, seen = (None if t is None else t.view_as(t) for t in (x0, images))
+            samples = Samples(batch.prompts, batch.seeds, batch.group, latents, seen, references=batch.references, fps=batch.fps)
             with failing_as(name):
                 check_needs(reward, samples, name)
                 values = reward(samples)
@@ -129,6 +130,10 @@ class PolicyPredict:
                     f"reward {name!r} says that it is differentiable, but its values carry no graph: does it leave torch, or "
                     "call detach, item or no_grad? Let the graph through, or say differentiable=False in its traits"
                 )
+            if climbed and bool(values.isnan().any()):  # 0 times what is not a number is none, and would spoil every weight
+                for tensor in (latents, seen):
+                    if tensor is not None and tensor.requires_grad:
+                        tensor.register_hook(partial(_rows_of, keep=~values.detach().isnan()))
             columns.append(values.to(x0.device))
         return torch.stack(columns, 1) if columns else x0.new_zeros(len(x0), 0)
 
@@ -140,3 +145,8 @@ class PolicyPredict:
 
     def reward(self, x0: Tensor, frames: int | None = None) -> Tensor:
         return self.weighted(self.rewards(x0, frames))
+
+
+def _rows_of(gradient: Tensor, keep: Tensor) -> Tensor:
+    """The gradient (B, ...) of the samples to keep (B,), and 0 for the others."""
+    return torch.where(keep.to(gradient.device).reshape(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0)
