@@ -6,7 +6,7 @@ whatever the pipeline's own scheduler sees (packed for FLUX, Qwen-Image, LTX; wi
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -255,7 +255,7 @@ class Loss:
     """
 
     values: Tensor
-    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
     penalty: Tensor | None = None
 
     @property

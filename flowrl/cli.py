@@ -362,9 +362,7 @@ def run_rewards(arguments: argparse.Namespace) -> int:
             print(f"{name:<20} {(find_reward(name)[0].__doc__ or '').strip().splitlines()[0]}")
         print("\ntrained on the embedded world, ready to use:")
         for name in EMBEDDED:
-            card = embedded_folder(name) / "README.md"
-            lines = card.read_text(encoding="utf-8").split("---\n", 2)[-1].splitlines() if card.is_file() else []
-            print(f"{name:<20} {next((line for line in lines if line and not line.startswith(('#', '-', '`'))), '')}")
+            print(f"{name:<20} {first_sentence((embedded_folder(name) / 'README.md').read_text(encoding='utf-8'))}")
         return 0
     found, implied = find_reward(arguments.name)
     options = [] if not inspect.isclass(found) else list(inspect.signature(found).parameters.values())
@@ -374,6 +372,13 @@ def run_rewards(arguments: argparse.Namespace) -> int:
     value = "{" + ", ".join(["weight: 1", *needed]) + "}" if needed else "1"
     print(f"\n  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
     return 0
+
+
+def first_sentence(card: str) -> str:
+    """What a model card says first, on one line: it starts after the front matter and the title."""
+    paragraphs = card.split("---\n", 2)[-1].strip().split("\n\n")
+    said = " ".join(next(part for part in paragraphs if not part.startswith("#")).split())
+    return said.split(". ")[0].rstrip(".:") + "."
 
 
 def print_options(of: Any, implied: dict[str, Any]) -> None:
@@ -390,21 +395,29 @@ def print_options(of: Any, implied: dict[str, Any]) -> None:
 
 
 def option_comments(of: Any) -> dict[str, str]:
-    """What the `#:` comments above, or behind, the fields of a dataclass and its bases say, by field."""
+    """What the `#:` comments above, or behind, the options of a class say, by option: the fields of a dataclass and its bases, or
+    the parameters of `__init__`."""
     import dataclasses
     import inspect
     import re
+    import textwrap
 
     comments: dict[str, str] = {}
-    for cls in reversed(inspect.getmro(of)) if inspect.isclass(of) and dataclasses.is_dataclass(of) else []:
-        if cls.__module__ == "builtins":
-            continue
+    if not inspect.isclass(of):
+        return comments
+    if dataclasses.is_dataclass(of):
+        sources = [inspect.getsource(cls) for cls in reversed(inspect.getmro(of)) if cls.__module__ != "builtins"]
+    elif inspect.isfunction(of.__init__):
+        sources = [textwrap.dedent(inspect.getsource(of.__init__)).split("\n)")[0]]
+    else:
+        sources = []
+    for source in sources:
         above: list[str] = []
-        for line in inspect.getsource(cls).splitlines():
+        for line in source.splitlines():
             if line.strip().startswith("#:"):
                 above.append(line.strip()[2:].strip())
             elif field := re.match(r"    (\w+): .*?(?:  #: (.*))?$", line):
-                comments[field[1]] = " ".join([*above, field[2] or ""]).strip()
+                comments[field[1]] = " ".join([*above, field[2] or ""]).strip() or comments.get(field[1], "")
                 above = []
             elif line.strip():
                 above = []
@@ -703,10 +716,11 @@ def evaluate_models(
     """Every model under the protocol of the first one's defaults."""
     from flowrl.evaluate import evaluate
     from flowrl.reward_models import load_reward
+    from flowrl.reward_models.base import short_labels
     from flowrl.sources import Source
 
     prompts = spread(read_prompts(arguments.prompt_file), limit)
-    rewards = {name: load_reward(name) for name in arguments.rewards}
+    rewards = {label: load_reward(name) for name, label in short_labels(arguments.rewards).items()}
     results, shared = [], None
     for model in models:
         policy = open_model(model, arguments)

@@ -69,8 +69,8 @@ class Recipe:
     )
     data: str | None = option(
         None,
-        "Train on these pictures instead of the policy's own: preference pairs (a .jsonl or .parquet file, a folder with chosen/, "
-        "rejected/, prompts/), the samples of a run compared by a reward (\"RUN reward=NAME gap=0.1\"), a folder of pictures with "
+        "Train on these pictures instead of the policy's own: pairs (a .jsonl or .parquet file, a folder with chosen/, "
+        "rejected/, prompts/), the samples of a run compared by a reward ('RUN reward=NAME gap=0.1'), a folder of pictures with "
         "captions, or what the embedded world draws (tiny-pairs, tiny-scenes).",
     )
     eval_prompts: str | None = option(None, "Prompts of the evaluations during training; none by default.")
@@ -221,8 +221,8 @@ class Recipe:
             )
         if self.aggregation == "correlation" and self.num_generations < 3:
             raise ConfigError(
-                f"aggregation=correlation: two samples have no correlation; use num_generations of at least 3, better 8 to 24, not "
-                f"{self.num_generations}"
+                f"num_generations={self.num_generations}: aggregation=correlation compares how rewards go together in a group; "
+                "use at least 3, better 8 to 24"
             )
         if self.num_inference_steps < 2:
             raise ConfigError(

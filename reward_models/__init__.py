@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flowrl.reward_models.base import (
     FunctionReward,
     Reward,
@@ -19,49 +17,49 @@ from flowrl.reward_models.base import (
 
 _HERE = "flowrl.reward_models"
 
-#: Rewards by the name that a recipe uses: where they are, and options that the name implies.
-REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
+#: Where rewards are, by the name that a recipe uses.
+REWARDS: dict[str, str] = {
     # -- exact
-    "tiny_strict": (f"{_HERE}.verify:TinyVerifier", {"mode": "strict"}),
-    "tiny_dense": (f"{_HERE}.verify:TinyVerifier", {"mode": "dense"}),
-    "tiny_clean": (f"{_HERE}.verify:TinyVerifier", {"mode": "clean"}),
-    "geneval": (f"{_HERE}.geneval:GenEval", {}),
-    "layout": (f"{_HERE}.grounding:GaussianLayout", {}),
-    "ocr": (f"{_HERE}.ocr:OCR", {}),
+    "tiny_strict": f"{_HERE}.verify:TinyStrict",
+    "tiny_dense": f"{_HERE}.verify:TinyDense",
+    "tiny_clean": f"{_HERE}.verify:TinyClean",
+    "geneval": f"{_HERE}.geneval:GenEval",
+    "layout": f"{_HERE}.grounding:GaussianLayout",
+    "ocr": f"{_HERE}.ocr:OCR",
     # -- preference
-    "clip_score": (f"{_HERE}.preference:ClipScore", {}),
-    "pickscore": (f"{_HERE}.preference:PickScore", {}),
-    "hpsv2": (f"{_HERE}.preference:HPSv2", {}),
-    "image_reward": (f"{_HERE}.image_reward:ImageReward", {}),
-    "aesthetic": (f"{_HERE}.preference:Aesthetic", {}),
-    "preference": (f"{_HERE}.preference:PreferenceModel", {}),
+    "clip_score": f"{_HERE}.preference:ClipScore",
+    "pickscore": f"{_HERE}.preference:PickScore",
+    "hpsv2": f"{_HERE}.preference:HPSv2",
+    "image_reward": f"{_HERE}.image_reward:ImageReward",
+    "aesthetic": f"{_HERE}.preference:Aesthetic",
+    "preference": f"{_HERE}.preference:PreferenceModel",
     # -- judges
-    "judge": (f"{_HERE}.judge:YesNo", {}),
-    "pairwise": (f"{_HERE}.judge:Pairwise", {}),
-    "pairwise_rubric": (f"{_HERE}.judge:PairwiseRubric", {}),
-    "reference_judge": (f"{_HERE}.judge:Reference", {}),
-    "rubric": (f"{_HERE}.judge:Rubric", {}),
-    "win_rate": (f"{_HERE}.win_rate:WinRate", {}),
-    "yes_token": (f"{_HERE}.generative:YesToken", {}),
+    "judge": f"{_HERE}.judge:YesNo",
+    "pairwise": f"{_HERE}.judge:Pairwise",
+    "pairwise_rubric": f"{_HERE}.judge:PairwiseRubric",
+    "reference_judge": f"{_HERE}.judge:Reference",
+    "rubric": f"{_HERE}.judge:Rubric",
+    "win_rate": f"{_HERE}.win_rate:WinRate",
+    "yes_token": f"{_HERE}.generative:YesToken",
     # -- artifacts, distributions, critics
-    "artifact": (f"{_HERE}.artifact:ArtifactDetector", {}),
-    "adversarial": (f"{_HERE}.adversarial:Adversarial", {}),
-    "frechet": (f"{_HERE}.distribution:Frechet", {}),
-    "mmd": (f"{_HERE}.distribution:MMD", {}),
-    "vendi": (f"{_HERE}.distribution:Vendi", {}),
-    "transport": (f"{_HERE}.transport:Transport", {}),
-    "token_transport": (f"{_HERE}.transport:TokenTransport", {}),
-    "latent": (f"{_HERE}.latent:LatentReward", {}),
+    "artifact": f"{_HERE}.artifact:ArtifactDetector",
+    "adversarial": f"{_HERE}.adversarial:Adversarial",
+    "frechet": f"{_HERE}.distribution:Frechet",
+    "mmd": f"{_HERE}.distribution:MMD",
+    "vendi": f"{_HERE}.distribution:Vendi",
+    "transport": f"{_HERE}.transport:Transport",
+    "token_transport": f"{_HERE}.transport:TokenTransport",
+    "latent": f"{_HERE}.latent:LatentReward",
     # -- made of others
-    "ensemble": (f"{_HERE}.composite:Ensemble", {}),
-    "gate": (f"{_HERE}.composite:Gate", {}),
-    "tree": (f"{_HERE}.composite:Tree", {}),
-    "uncertain": (f"{_HERE}.uncertainty:Uncertain", {}),
-    "region_map": (f"{_HERE}.maps:RegionMap", {}),
-    "remote": (f"{_HERE}.remote:Remote", {}),
+    "ensemble": f"{_HERE}.composite:Ensemble",
+    "gate": f"{_HERE}.composite:Gate",
+    "tree": f"{_HERE}.composite:Tree",
+    "uncertain": f"{_HERE}.uncertainty:Uncertain",
+    "region_map": f"{_HERE}.maps:RegionMap",
+    "remote": f"{_HERE}.remote:Remote",
     # -- without a model
-    "brightness": (f"{_HERE}.simple:brightness", {}),
-    "jpeg_size": (f"{_HERE}.simple:jpeg_size", {}),
+    "brightness": f"{_HERE}.simple:brightness",
+    "jpeg_size": f"{_HERE}.simple:jpeg_size",
 }
 
 #: Trained reward models that ship (assets/rewards), for the embedded world.

@@ -28,29 +28,26 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 class Adversarial:
-    """How real a picture looks to the critic; unbounded unless squashed. Differentiable. Clips are scored frame by frame.
-
-    references: "samples" (what the loop provides: another model's or the user's pictures of the same prompt), or a folder of
-    pictures. features: see `features.load_features`; published: facebook/dinov2-base. hidden, learning_rate: of the head and its
-    Adam (betas 0.5, 0.999). patches: how many of each picture count, drawn by its seed; None for all. steps: at most so many
-    critic steps per update; none while it tells more than window[1] of the fresh pictures apart, more than one only while below
-    window[0]. replay: how many earlier samples are kept, uniformly over the whole run, so that it does not forget. squash:
-    "sigmoid" or "tanh" of the score.
-    """
+    """How real a picture looks to the critic; unbounded unless squashed. Differentiable. Clips are scored frame by frame."""
 
     def __init__(
         self,
+        #: Frozen encoder: "pixels", an embedded dual encoder, folder or hub id of a dual encoder or a vision transformer;
+        #: published: facebook/dinov2-base.
         features: Any = "tiny_clip",
+        #: "samples" (what the loop provides: another model's or the user's pictures of the same prompt), or a folder of pictures.
         references: str = "samples",
-        hidden: int = 512,
-        learning_rate: float = 1e-4,
-        patches: int | None = 64,
-        patch_weight: float = 0.3,
-        steps: int = 10,
+        hidden: int = 512,  #: Width of the head.
+        learning_rate: float = 1e-4,  #: Of the head's Adam (betas 0.5, 0.999).
+        patches: int | None = 64,  #: How many patches of each picture count, drawn by its seed; none for all.
+        patch_weight: float = 0.3,  #: Share of the patches in the score, in [0, 1]; the rest is the whole picture's.
+        steps: int = 10,  #: Critic steps per update, at most.
+        #: No step while it tells more than the second of these shares of the fresh pictures apart, more than one only below the
+        #: first.
         window: tuple[float, float] = (0.6, 0.9),
-        replay: int = 256,
-        squash: Literal["sigmoid", "tanh"] | None = None,
-        seed: int = 0,
+        replay: int = 256,  #: Earlier samples that are kept, uniformly over the whole run, so that it does not forget.
+        squash: Literal["sigmoid", "tanh"] | None = None,  #: What bounds the score: sigmoid or tanh; none leaves it unbounded.
+        seed: int = 0,  #: Of the head's first weights, and of what each update draws.
     ):
         if squash not in (None, "sigmoid", "tanh"):
             raise ValueError(f"adversarial: squash={squash!r}: choose sigmoid, tanh or none")

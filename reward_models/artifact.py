@@ -93,15 +93,16 @@ class ArtifactHead(nn.Module):
 
 
 class ArtifactDetector:
-    """Probability that a picture has no artifact, in [0, 1]. Reads no prompt. Clips: their worst frame.
-
-    folder: what `flowrl train-reward tiny-artifact` wrote. threshold: of a kind's probability in `assess`.
-    """
+    """Probability that a picture has no artifact, in [0, 1]. Reads no prompt. Clips: their worst frame."""
 
     name = "artifact"
     traits = Traits(range=(0.0, 1.0), differentiable=True, licence="of the weights: see the model card")
 
-    def __init__(self, folder: str | Path = "tiny_artifact", threshold: float = 0.5):
+    def __init__(
+        self,
+        folder: str | Path = "tiny_artifact",  #: What `flowrl train-reward tiny-artifact` wrote; the one that ships by default.
+        threshold: float = 0.5,  #: Probability above which `assess` names a kind of artifact; the score does not ask.
+    ):
         from safetensors.torch import load_file
 
         self.folder = place if (place := embedded_folder(str(folder))).is_dir() else Path(folder)

@@ -201,7 +201,7 @@ def load_reward(spec: Any, **options: Any) -> Reward:
         return _from_folder(embedded_folder(str(spec)) if spec in EMBEDDED else Path(spec), options)
     spec = str(spec)
     if spec in REWARDS:
-        return _construct(_import(REWARDS[spec][0], spec), spec, {**REWARDS[spec][1], **options})
+        return _construct(_import(REWARDS[spec], spec), spec, options)
     if "/" in spec or Path(spec).is_dir():
         there = f"there is no {REWARD_FILE} in it" if Path(spec).is_dir() else "there is no such folder"
         raise ValueError(f"reward {spec!r}: {there}; `flowrl train-reward` writes one")
@@ -212,29 +212,37 @@ def load_reward(spec: Any, **options: Any) -> Reward:
 
 
 def find_reward(name: str) -> tuple[Any, dict[str, Any]]:
-    """The class or function behind a name of REWARDS, an embedded one or a folder, and the options that the name implies."""
+    """The class or function behind a name of REWARDS, an embedded one or a folder, and the options that a folder implies."""
     from flowrl.reward_models import EMBEDDED, REWARDS
 
     if name in EMBEDDED or (Path(name) / REWARD_FILE).is_file():
         folder = embedded_folder(name) if name in EMBEDDED else Path(name)
         facts = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
-        found, implied = find_reward(facts["reward"])
-        return found, {**implied, **facts.get("options", {}), "folder": name}
+        return find_reward(facts["reward"])[0], {**facts.get("options", {}), "folder": name}
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}{nearest(name, [*REWARDS, *EMBEDDED])}")
-    return _import(REWARDS[name][0], name), REWARDS[name][1]
+    return _import(REWARDS[name], name), {}
 
 
-def load_rewards(section: Mapping[str, Any] | Sequence[Any]) -> dict[str, tuple[Reward, float]]:
+def short_labels(labels: Iterable[str]) -> dict[str, str]:
+    """What metrics call each of them: a folder of `flowrl train-reward` by its last name, where no other of them is called so."""
+    known = list(dict.fromkeys(labels))
+    names = [Path(label).name if "/" in label and (Path(label) / REWARD_FILE).is_file() else label for label in known]
+    return {label: name if names.count(name) == 1 else label for label, name in zip(known, names, strict=True)}
+
+
+def load_rewards(section: Mapping[str, Any] | Sequence[Any], beside: Iterable[str] = ()) -> dict[str, tuple[Reward, float]]:
     """Rewards with their weights from {label: weight} or {label: {weight: ..., name: ..., option: ...}}, or a list of specs.
 
-    The label is the reward's name unless `name` says otherwise: one reward may so serve twice, with other options.
+    The label is the reward's name unless `name` says otherwise: one reward may so serve twice, with other options. That of a
+    folder is shortened to its last name where that is unique, among the labels of `beside` too (`short_labels`).
     Raises ValueError, in which the label comes first.
     """
     if not isinstance(section, Mapping):
         loaded = [load_reward(spec) for spec in section]
         return {_free(reward.name, i, loaded): (reward, 1.0) for i, reward in enumerate(loaded)}
     rewards = {}
+    short = short_labels([*section, *beside])
     for label, value in section.items():
         try:
             if isinstance(value, Mapping):
@@ -253,7 +261,7 @@ def load_rewards(section: Mapping[str, Any] | Sequence[Any]) -> dict[str, tuple[
             raise ValueError(f"{label}: the weight {weight!r} is not a number") from None
         if not math.isfinite(number):
             raise ValueError(f"{label}: the weight {weight} is not a finite number")
-        rewards[label] = (reward, number)
+        rewards[short[label]] = (reward, number)
     return rewards
 
 
@@ -293,8 +301,7 @@ def _from_folder(folder: Path, options: dict[str, Any]) -> Reward:
         raise ValueError(f"reward {folder}: its {REWARD_FILE} cannot be read") from None
     if kind not in REWARDS:
         raise ValueError(f"reward {folder}: {REWARD_FILE} names the unknown reward {kind!r}{nearest(str(kind), REWARDS)}")
-    path, defaults = REWARDS[kind]
-    reward = _construct(_import(path, kind), kind, {**defaults, **own, "folder": folder, **options})
+    reward = _construct(_import(REWARDS[kind], kind), kind, {**own, "folder": folder, **options})
     reward.name = folder.name
     return reward
 

@@ -34,16 +34,16 @@ def joint_traits(of: Sequence[Reward], bounds: tuple[float, float] = (-math.inf,
 class Ensemble:
     """Several rewards as one: their mean, minimum, or mean minus kappa deviations (Helping or Herding?, arXiv 2312.09244).
 
-    of: rewards, or {label: weight}; weights count in the mean. reduce: "mean", "min" or "mean_std" (mean - kappa std, the
-    sample deviation over members). standardize: first subtract each member's mean over the batch and divide by its deviation,
-    for members on different scales. Ensembles do not see what all members miss: mix families, not seeds.
+    Ensembles do not see what all members miss: mix families, not seeds.
     """
 
     def __init__(
         self,
-        of: Mapping[str, Any] | Sequence[Any],
+        of: Mapping[str, Any] | Sequence[Any],  #: Rewards, or {label: weight}; weights count in the mean.
+        #: mean, min, or mean_std: mean - kappa std, the sample deviation over members.
         reduce: Literal["mean", "min", "mean_std"] = "mean",
-        kappa: float = 1.0,
+        kappa: float = 1.0,  #: Deviations that mean_std takes off.
+        #: First subtract each member's mean over the batch and divide by its deviation, for members on different scales.
         standardize: bool = False,
     ):
         if reduce not in ("mean", "min", "mean_std"):
@@ -96,24 +96,25 @@ def combined(values: Tensor, weights: Tensor, reduce: str, kappa: float = 1.0) -
 class Gate:
     """A reward held back by another one, a in [0, 1] (arXiv 2601.03468 adds an artifact reward so, linearly).
 
-    how: "multiply" gives r a^power, which no size of r can trade off (r must not be negative: shape it by a sigmoid first);
-    "add" gives r - weight (1 - a), which a large r outweighs; "threshold" gives r where a reaches `at`, else `otherwise`.
+    A product is what no size of r can trade off; a sum is outweighed by a large r.
     """
 
     def __init__(
         self,
-        of: Any,
-        by: Any,
+        of: Any,  #: The reward r.
+        by: Any,  #: The reward a that holds it back, in [0, 1].
+        #: multiply: r a^power, for an r that is never negative (shape it by a sigmoid first). add: r - cost (1 - a).
+        #: threshold: r where a reaches `at`, else `otherwise`.
         how: Literal["multiply", "add", "threshold"] = "multiply",
-        power: float = 1.0,
-        weight: float = 1.0,
-        at: float = 0.5,
-        otherwise: float = 0.0,
+        power: float = 1.0,  #: Of a, in multiply.
+        cost: float = 1.0,  #: What a = 0 takes off, in add.
+        at: float = 0.5,  #: Where a lets r pass, in threshold.
+        otherwise: float = 0.0,  #: The reward below that.
     ):
         if how not in ("multiply", "add", "threshold"):
             raise ValueError(f"gate: how={how!r}: choose multiply, add or threshold")
         self.of = [load_reward(of), load_reward(by)]
-        self.how, self.power, self.weight, self.at, self.otherwise = how, power, weight, at, otherwise
+        self.how, self.power, self.cost, self.at, self.otherwise = how, power, cost, at, otherwise
         self.name = self.of[0].name
         (low, high), (least, most) = (traits_of(reward).range for reward in self.of)
         if least < 0 or most > 1:
@@ -125,7 +126,7 @@ class Gate:
             )
         bounds = {
             "multiply": (0.0, high),
-            "add": (low - weight, high),
+            "add": (low - cost, high),
             "threshold": (min(low, otherwise), max(high, otherwise)),
         }
         self.traits = joint_traits(self.of, bounds[how])
@@ -133,7 +134,7 @@ class Gate:
     def __call__(self, samples: Samples) -> Tensor:
         r, a = (as_scores(reward(samples), len(samples), reward.name) for reward in self.of)
         if self.how == "add":
-            return r - self.weight * (1 - a)
+            return r - self.cost * (1 - a)
         if self.how == "threshold":
             return torch.where(a.isnan(), torch.nan, torch.where(a >= self.at, r, self.otherwise))
         if bool((r < 0).any()):
@@ -147,18 +148,18 @@ class Gate:
 class Tree:
     """A hierarchy of criteria (HiCoGen, CVPR 2026: global + subject + relation). Nodes are rewards, or trees again.
 
-    of: {label: weight} or {label: {weight: ..., name: ..., option: ...}}. combine: weighted "sum" or "mean", "min", "softmin"
-    (temperature), or "product" (weights are exponents; values in [0, 1]). requires: a label whose value must reach `at`, else
-    the other nodes count as 0: what is absent has no position. The paper's weights are not published; ours are the recipe's.
+    The paper's weights are not published; ours are the recipe's.
     """
 
     def __init__(
         self,
-        of: Mapping[str, Any],
+        of: Mapping[str, Any],  #: {label: weight} or {label: {weight: ..., name: ..., option: ...}}.
+        #: Weighted sum or mean, min, softmin, or product (weights are exponents; values in [0, 1]).
         combine: Literal["sum", "mean", "min", "softmin", "product"] = "mean",
+        #: A label whose value must reach `at`, else the other nodes count as 0: what is absent has no position.
         requires: str | None = None,
-        at: float = 0.5,
-        temperature: float = 0.1,
+        at: float = 0.5,  #: What `requires` wants.
+        temperature: float = 0.1,  #: Of softmin: the smaller, the nearer to min.
     ):
         if combine not in ("sum", "mean", "min", "softmin", "product"):
             raise ValueError(f"tree: combine={combine!r}: choose sum, mean, min, softmin or product")

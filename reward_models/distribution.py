@@ -172,15 +172,20 @@ class _SetReward:
 
 
 class Frechet(_SetReward):
-    """What each sample does to the Frechet distance between the batch and a reference distribution, to first order.
+    """What each sample does to the Frechet distance between the batch and a reference distribution, to first order."""
 
-    features: see `features.load_features`. references: "samples" (what the loop provides), a folder of pictures, a file of texts
-    (dual encoders only), or a .safetensors file with `mean` (d,) and `covariance` (d, d). shrinkage: of both covariances towards
-    a multiple of the identity; wanted wherever there are fewer samples than dimensions. decay: of the moments of earlier
-    batches, in [0, 1): 0 knows this batch only, 0.9 about ten of them; they are averaged over processes.
-    """
-
-    def __init__(self, features: Any = "tiny_clip", references: str = "samples", shrinkage: float = 0.1, decay: float = 0.0):
+    def __init__(
+        self,
+        #: "pixels", an embedded dual encoder, or folder or hub id of a dual encoder or a vision transformer.
+        features: Any = "tiny_clip",
+        #: "samples" (what the loop provides), a folder of pictures, a file of texts (dual encoders only), or a .safetensors file
+        #: with `mean` (d,) and `covariance` (d, d).
+        references: str = "samples",
+        #: Of both covariances towards a multiple of the identity; wanted wherever there are fewer samples than dimensions.
+        shrinkage: float = 0.1,
+        #: Of the moments of earlier batches, in [0, 1): 0 knows this batch only, 0.9 about ten of them; averaged over processes.
+        decay: float = 0.0,
+    ):
         if not 0 <= shrinkage <= 1 or not 0 <= decay < 1:
             raise ValueError(f"frechet: shrinkage={shrinkage} lies in [0, 1], decay={decay} in [0, 1)")
         super().__init__("frechet", features, str(references))
@@ -238,17 +243,19 @@ class Frechet(_SetReward):
 class MMD(_SetReward):
     """What each sample does to the kernel distance between the batch and reference samples: exact, unbiased, fine for small ones.
 
-    features, references: as of `Frechet` (no stored moments). kernel: "polynomial" (as KID, on features of unit length scaled to
-    that) or "rbf", whose bandwidth is None for the median distance between references. rbf is local: a lone outlier, far from
-    references and mates alike, scores about 0; what it sees is places with too many samples or too few.
+    The kernel rbf is local: a lone outlier, far from references and mates alike, scores about 0; what it sees is places with too
+    many samples or too few.
     """
 
     def __init__(
         self,
+        #: "pixels", an embedded dual encoder, or folder or hub id of a dual encoder or a vision transformer.
         features: Any = "tiny_clip",
+        #: "samples" (what the loop provides), a folder of pictures, or a file of texts (dual encoders only).
         references: str = "samples",
+        #: rbf, or polynomial (as KID, on features of unit length scaled to that).
         kernel: Literal["polynomial", "rbf"] = "rbf",
-        bandwidth: float | None = None,
+        bandwidth: float | None = None,  #: Of rbf; unset: the median distance between references.
     ):
         if kernel not in ("polynomial", "rbf"):
             raise ValueError(f"mmd: kernel={kernel!r}: choose polynomial or rbf")
@@ -279,10 +286,14 @@ def median_distance(x: Tensor) -> float:
 class Vendi:
     """Diversity: what each sample adds to the number of different samples of its prompt (Vendi score, arXiv 2210.02410).
 
-    Values lie within about +-1; near-duplicates are negative. Samples without mates abstain. features: as of `Frechet`.
+    Values lie within about +-1; near-duplicates are negative. Samples without mates abstain.
     """
 
-    def __init__(self, features: Any = "tiny_clip"):
+    def __init__(
+        self,
+        #: "pixels", an embedded dual encoder, or folder or hub id of a dual encoder or a vision transformer.
+        features: Any = "tiny_clip",
+    ):
         self.name, self.features, self.traits = "vendi", load_features(features), Traits("group")
 
     def __call__(self, samples: Samples) -> Tensor:

@@ -120,23 +120,21 @@ def one_token(tokenizer: Any, word: str) -> tuple[int, ...]:
 
 
 class YesToken:
-    """P(yes) / (P(yes) + P(no)), in [0, 1].
-
-    folder: a model's folder (of `flowrl train-reward`, or any) or hub id. question: with {prompt} in it, or without where the
-    prompt does not matter. reference: compare with `samples.references`; with several, the mean. both_orders: average
-    (P(yes | reference, picture) + 1 - P(yes | picture, reference)) / 2, which takes out what the order alone does.
-    """
+    """P(yes) / (P(yes) + P(no)) of a vision language model that runs here and is asked about each picture, in [0, 1]."""
 
     name = "yes_token"
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  #: A model's folder (of `flowrl train-reward`, or any) or hub id.
+        #: With {prompt} in it, or without where the prompt does not matter; unset: whether the picture shows the prompt, or with
+        #: `reference`, whether the second picture is better.
         question: str | None = None,
-        reference: bool = False,
+        reference: bool = False,  #: Compare with the recipe's `references`; with several, the mean.
+        #: Average (P(yes | reference, picture) + 1 - P(yes | picture, reference)) / 2, which takes out what the order alone does.
         both_orders: bool = True,
-        batch_size: int = 32,
-        dtype: str = "float32",
+        batch_size: int = 32,  #: Pictures in one forward pass.
+        dtype: str = "float32",  #: Of the weights: float32, bfloat16 or float16.
     ):
         place = embedded if (embedded := embedded_folder(str(folder))).is_dir() else folder
         self.network = VisionLanguage.load(place, getattr(torch, dtype)).requires_grad_(False)

@@ -159,13 +159,11 @@ def terms(objects: Objects, spec: Spec, aspect: float = 1.0) -> list[float]:
 
 
 class GenEval:
-    """Did the picture follow GenEval's metadata, or the embedded prompts' (see `read_spec`)? Abstains where there is none.
+    """Does the picture show what the columns of its prompt demand: objects, counts, colours, places? Abstains without `include`.
 
-    mode: strict is 1 or 0 with exact counts; dense in [0, 1] gives partial credit (see `terms`); official is the benchmark's own
-    rule, 1 or 0. threshold: detections count above this score; counting_threshold: that of the benchmark's counting prompts,
-    0.9 with its own detector. color: hub id or folder of the CLIP model that names colours where the detector does not, or a
-    function (image (3, H, W), boxes, name) -> colours. Scores resemble the benchmark's, but are not its numbers: those come from
-    Mask2Former of mmdet 2.
+    Columns as in GenEval's metadata: {"tag", "include": [{"class", "count", "color", "position": [relation, index]}], "exclude":
+    [...]}, or as of the embedded prompts: {"kind", "include": [{"shape", "count", "color"}], "relation"}. Scores resemble the
+    benchmark's, but are not its numbers: those come from Mask2Former of mmdet 2.
     """
 
     name = "geneval"
@@ -173,10 +171,15 @@ class GenEval:
 
     def __init__(
         self,
+        #: strict is 1 or 0, with exact counts; dense gives partial credit; official is the benchmark's own rule, 1 or 0.
         mode: str = "strict",
+        #: tiny (the embedded world), hub id or folder of a zero-shot detector, or "package.module:Class" of your own.
         detector: Any = "tiny",
-        threshold: float = 0.3,
+        threshold: float = 0.3,  #: Detections count above this score.
+        #: That of the benchmark's counting prompts, 0.9 with its own detector; unset: `threshold`.
         counting_threshold: float | None = None,
+        #: Hub id or folder of the CLIP that names colours where the detector does not, or a function
+        #: (image (3, H, W), boxes, name) -> colours.
         color: Any = "openai/clip-vit-large-patch14",
     ):
         if mode not in ("strict", "dense", "official"):

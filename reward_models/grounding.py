@@ -87,9 +87,9 @@ class Rule:
 
     #: Deviation of the Gaussian per side of the box. 0.5 is the paper's best; larger is more lenient.
     alpha: float = 0.5
-    #: Weight of R_point.
+    #: Weight of R_point, a Gaussian of the distance between centres.
     point: float = 1.0
-    #: Weight of R_cov.
+    #: Weight of R_cov, how much of the two boxes, as Gaussians, coincides.
     coverage: float = 1.0
     #: Penalty of surplus things: this times e / (T + e) for e of them beside T targets.
     surplus: float = 0.25
@@ -214,12 +214,14 @@ def _targets(item: Any) -> list[Target]:
 
 @dataclass
 class GaussianLayout(Rule):
-    """Is everything where, or at least as often, as the prompt's `layout` or `include` column says (see `read_layout`)?
+    """Is everything where the prompt's column `layout` says, or as often as its column `include` says? Abstains without either.
 
-    In [0, 1]; abstains without these columns. detector: see `detectors.load_detector`. Two detectors that disagree tell a thing
-    from a texture that fools one of them: train on one, evaluate with the other.
+    In [0, 1]. `layout`: [{"phrase": "red dog", "box": [x0, y0, x1, y1], "count": 1}, ...], boxes as shares of its sides;
+    without a box only presence counts. `include` as in the reward `geneval`; it knows relations, but no boxes. Two detectors that
+    disagree tell a thing from a texture that fools one of them: train on one, evaluate with the other.
     """
 
+    #: tiny (the embedded world), hub id or folder of a zero-shot detector, or "package.module:Class" of your own.
     detector: Any = "tiny"
 
     name = "layout"

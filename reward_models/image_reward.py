@@ -74,11 +74,16 @@ class BlipScorer(nn.Module):
 class ImageReward:
     """(score - 0.167) / 1.033 of the published network. Usually -2.3 to 2.1.
 
-    model: the checkpoint file, a folder that holds it, or its hub id. tokenizer: folder or hub id of BERT's; the folder itself
-    where it has one. frames: how a clip's frames count (`over_frames`). It reads 35 tokens of a prompt.
+    It reads 35 tokens of a prompt.
     """
 
-    def __init__(self, model: str | Path = PRESET.model, tokenizer: str | Path | None = None, frames: Frames = "mean"):
+    def __init__(
+        self,
+        model: str | Path = PRESET.model,  #: The checkpoint file, a folder that holds it, or its hub id.
+        #: Folder or hub id of the tokenizer; unset: the model's folder where it has one, else BERT's.
+        tokenizer: str | Path | None = None,
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
+    ):
         from transformers import AutoTokenizer
 
         self.name, self.frames = "image_reward", check_frames(frames)

@@ -132,6 +132,7 @@ class PairwiseRubric(Pairwise):
 
     question: str = FLEX
     words: tuple[str, str] = ("Image 1", "Image 2")
+    #: text: winners are read off the rubric that the answer ends with.
     answer: Literal["token", "text"] = "text"
     #: Of the overall winner (`overall`) and of the mean over categories (`categories`); 1 where not named.
     weights: dict[str, float] = field(default_factory=dict)

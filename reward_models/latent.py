@@ -197,30 +197,27 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 class LatentReward:
-    """The learnt reward, in the units of the reward it imitates; no decoding. Differentiable in the latents.
-
-    folder: what `flowrl train-reward latent` wrote. policy: whose blocks it reads, frozen; by default loaded anew from the model
-    that the folder names. of: the reward that it goes on imitating while a policy trains on it: each `update` (one in `every`)
-    scores the fresh samples with it and learns from them. min_spearman: below this rank correlation with `of` on fresh samples it
-    abstains, until it has caught up.
-    """
+    """The learnt reward, in the units of the reward it imitates; no decoding. Differentiable in the latents."""
 
     name = "latent"
     traits = Traits(needs=("latents",), differentiable=True)
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  #: What `flowrl train-reward tiny-latent`, or another recipe of the task, wrote.
+        #: The reward that it goes on imitating while a policy trains on it: updates score fresh samples with it and learn from
+        #: them; unset: it stays as it is.
         of: Any = None,
-        policy: Policy | None = None,
-        every: int = 1,
-        steps: int = 50,
-        batch_size: int = 128,
-        learning_rate: float = 3e-4,
-        views: int = 4,
-        pool: int = 8192,
+        policy: Policy | None = None,  #: Whose blocks it reads, frozen; unset: loaded anew from the model that the folder names.
+        every: int = 1,  #: Of the chances to update, one after each scoring, every so many-th is taken.
+        steps: int = 50,  #: Optimiser steps of an update.
+        batch_size: int = 128,  #: Examples of such a step.
+        learning_rate: float = 3e-4,  #: Of the AdamW of updates.
+        views: int = 4,  #: Noise levels at which each fresh sample is seen; one of them is 0.
+        pool: int = 8192,  #: Examples that updates learn from, the latest ones.
+        #: Below this rank correlation with `of` on fresh samples it abstains, until it has caught up.
         min_spearman: float = -1.0,
-        seed: int = 0,
+        seed: int = 0,  #: Of the updates' random numbers.
     ):
         self.head, card = load_head(folder)
         self.policy, self.block = policy or Policy.load(card["model"]), card["block"]

@@ -84,16 +84,19 @@ def box_scores(found: Sequence[Found], spec: Spec) -> list[float]:
 class RegionMap:
     """Which parts of a picture do what its prompt asks: a map for losses that weigh each place; its mean is a score in [0, 1].
 
-    Boxes come from a detector (see `load_detector`) and count as right or wrong by the prompt's `include` (`box_scores`). The
-    whole is the share of its demands that are met (`geneval.terms`), from -1 to 1. Detections below the threshold are ignored.
-    Prompts without `include` abstain, and their map is NaN. rule: "min", or "max" as published. color: as of `GenEval`.
+    Boxes come from a detector and count as right or wrong by the prompt's column `include` (as in the reward `geneval`). The
+    whole is the share of its demands that are met, from -1 to 1. Detections below the threshold are ignored. Prompts without
+    `include` abstain, and their map is NaN.
     """
 
     def __init__(
         self,
+        #: tiny (the embedded world), hub id or folder of a zero-shot detector, or "package.module:Class" of your own.
         detector: Any = "tiny",
-        rule: Rule = "min",
-        threshold: float = 0.3,
+        rule: Rule = "min",  #: What counts where boxes overlap: the worst of them (min), or the best, as published (max).
+        threshold: float = 0.3,  #: Detections count above this score.
+        #: Hub id or folder of the CLIP that names colours where the detector does not, or a function
+        #: (image (3, H, W), boxes, name) -> colours.
         color: Any = "openai/clip-vit-large-patch14",
     ):
         if rule not in ("min", "max"):

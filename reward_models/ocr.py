@@ -102,17 +102,22 @@ def rapidocr_engine() -> Callable[[Any], list[str]]:
 
 
 class OCR:
-    """Text as quoted, in [0, 1] (see `text_score`). Abstains where the prompt quotes nothing.
+    """Is the text that the prompt quotes there, letter by letter, and no other, in [0, 1]? Abstains where it quotes nothing.
 
-    A column `text` (a string, or a list of them) says what to read instead of the quotes. precision: weight of the share of
-    letters that were asked for; 0 lets the text be repeated at no cost. engine: rapidocr, or a function from a PIL picture to its
-    lines of text, also as "package.module:function".
+        (1 - precision) mean over quoted texts of (1 - edit distance / length) + precision (share of letters read that were asked)
+
+    A column `text` (a string, or a list of them) says what to read instead of the quotes.
     """
 
     name = "ocr"
     traits = Traits(columns=("text",), range=(0, 1))
 
-    def __init__(self, engine: Any = "rapidocr", precision: float = 0.2):
+    def __init__(
+        self,
+        #: rapidocr, or a function from a PIL picture to its lines of text, also as "package.module:function".
+        engine: Any = "rapidocr",
+        precision: float = 0.2,  #: Weight of the share of letters that were asked for; 0 lets the text be repeated at no cost.
+    ):
         if not 0 <= precision <= 1:
             raise ValueError(f"precision={precision} must be between 0 and 1")
         if engine == "rapidocr" and not (find_spec("rapidocr") and find_spec("onnxruntime")):

@@ -96,17 +96,15 @@ class EmbeddingReward:
 class ClipScore(EmbeddingReward):
     """cos(picture, prompt): CLIPScore (arXiv 2104.08718) without its factor and its floor. Usually 0.15 to 0.4 with CLIP.
 
-    model: folder or hub id of a CLIP, SigLIP or other dual encoder of transformers. resize: None does as its processor; CLIP's
-    crops the centre, so that the sides of a wide picture are not seen. frames: how a clip's frames count (`over_frames`). folder:
-    an encoder that `flowrl train-reward` made, in place of model.
+    CLIP's own processor crops the centre, so that the sides of a wide picture are not seen.
     """
 
     def __init__(
         self,
-        model: str | Path = CLIP.model,
-        resize: Resize | None = None,
-        frames: Frames = "mean",
-        folder: str | Path | None = None,
+        model: str | Path = CLIP.model,  #: Folder or hub id of a CLIP, SigLIP or other dual encoder of transformers.
+        resize: Resize | None = None,  #: crop, pad or squash; unset: as its processor does.
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
+        folder: str | Path | None = None,  #: An encoder that `flowrl train-reward` made, in place of `model`.
     ):
         model = folder or model
         traits = Traits(range=(-1.0, 1.0), differentiable=True, licence=CLIP.licence_of(model))
@@ -117,12 +115,15 @@ class ClipScore(EmbeddingReward):
 
 
 class PickScore(EmbeddingReward):
-    """exp(scale) cos(picture, prompt) / 26 by a CLIP-H trained on choices of users (arXiv 2305.01569). Usually 0.7 to 0.9.
+    """exp(scale) cos(picture, prompt) / 26 by a CLIP-H trained on choices of users (arXiv 2305.01569). Usually 0.7 to 0.9."""
 
-    model: folder or hub id. processor: where the tokenizer is; the weights were published without one.
-    """
-
-    def __init__(self, model: str | Path = PICKSCORE.model, processor: str | Path | None = None, frames: Frames = "mean"):
+    def __init__(
+        self,
+        model: str | Path = PICKSCORE.model,  #: Folder or hub id.
+        #: Folder or hub id of the tokenizer; unset: the model's folder where it has one, else CLIP-H's, as none was published.
+        processor: str | Path | None = None,
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
+    ):
         traits = Traits(differentiable=True, licence=PICKSCORE.licence_of(model))
         encoder = ClipBackbone.load(model, "crop", processor or PICKSCORE.processor_of(model))
         super().__init__("pickscore", encoder, frames, traits)
@@ -135,16 +136,15 @@ class PickScore(EmbeddingReward):
 class HPSv2(EmbeddingReward):
     """cos(picture, prompt) by a ViT-H-14 trained on rankings (arXiv 2306.09341). Usually 0.2 to 0.36; compare within one prompt.
 
-    The whole picture counts: its long side is resized and the rest padded with black. version: 2.0 or 2.1, which are not
-    comparable. model: the checkpoint file, a folder that holds it, or its hub id. architecture: of open_clip.
+    The whole picture counts: its long side is resized and the rest padded with black.
     """
 
     def __init__(
         self,
-        version: str | float = "2.1",
-        model: str | Path = HPS["2.1"].model,
-        architecture: str = "ViT-H-14",
-        frames: Frames = "mean",
+        version: str | float = "2.1",  #: 2.0 or 2.1, whose scores are not comparable.
+        model: str | Path = HPS["2.1"].model,  #: The checkpoint file, a folder that holds it, or its hub id.
+        architecture: str = "ViT-H-14",  #: Name of the network in open_clip.
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
     ):
         if str(version) not in HPS:
             raise ValueError(f"version={version}: choose 2.0 or 2.1")
@@ -159,11 +159,16 @@ class HPSv2(EmbeddingReward):
 class Aesthetic(EmbeddingReward):
     """LAION's aesthetic predictor, version 2: a linear head on the normalised CLIP-L feature. 1 to 10, usually 4.5 to 7.
 
-    The prompt does not count. model: the head's file (sac+logos+ava1-l14-linearMSE.pth), a folder that holds
-    aesthetic-model.pth, or its hub id. clip: folder or hub id of the CLIP that the head was trained on.
+    The prompt does not count.
     """
 
-    def __init__(self, model: str | Path = AESTHETIC.model, clip: str | Path = CLIP.model, frames: Frames = "mean"):
+    def __init__(
+        self,
+        #: The head's file (sac+logos+ava1-l14-linearMSE.pth), a folder that holds aesthetic-model.pth, or its hub id.
+        model: str | Path = AESTHETIC.model,
+        clip: str | Path = CLIP.model,  #: Folder or hub id of the CLIP that the head was trained on.
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
+    ):
         path = find_file(model, AESTHETIC.file)
         encoder = ClipBackbone.load(clip, "crop")
         super().__init__("aesthetic", encoder, frames, Traits(differentiable=True, licence=AESTHETIC.licence_of(model)))
@@ -235,12 +240,14 @@ class PreferenceNetwork(nn.Module):
 
 
 class PreferenceModel(EmbeddingReward):
-    """A reward model of our own training: the score of its head, or mean - kappa * standard deviation of a gaussian head.
+    """A reward model of our own training: the score of its head, or mean - kappa * standard deviation of a gaussian head."""
 
-    folder: what `PreferenceNetwork.save` wrote. kappa: how much doubt costs.
-    """
-
-    def __init__(self, folder: str | Path, kappa: float = 0.0, frames: Frames = "mean"):
+    def __init__(
+        self,
+        folder: str | Path,  #: What `flowrl train-reward tiny-preference`, or another recipe of the task, wrote.
+        kappa: float = 0.0,  #: How much doubt costs: standard deviations of a gaussian head that are taken off its mean.
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
+    ):
         self.network = PreferenceNetwork.load(folder)
         self.kappa = kappa
         if kappa and self.network.head != "gaussian":

@@ -35,26 +35,20 @@ class Remote:
 
     def __init__(
         self,
-        url: str,
-        reward: str | None = None,
-        token_env: str | None = None,
-        timeout: float = 60.0,
-        retries: int = 4,
-        batch_size: int = 32,
-        concurrency: int = 4,
+        url: str,  #: Of the server, without a path.
+        reward: str | None = None,  #: Its name there; may be left out where one is served.
+        token_env: str | None = None,  #: Environment variable that holds the server's token.
+        timeout: float = 60.0,  #: Seconds of one attempt.
+        retries: int = 4,  #: Further attempts.
+        batch_size: int = 32,  #: Samples per request, at most; the server's limits hold too.
+        concurrency: int = 4,  #: Requests under way.
+        #: png rounds pixels to 8 bit, as any saved picture does; npy sends fp32, exact and about ten times as large.
         format: Literal["png", "npy"] = "png",
+        #: abstain turns samples on which the served reward fails into NaN, with a warning and in the count `failed`; a server
+        #: that does not answer, and a reward that fails on every sample, still raise.
         on_error: Literal["raise", "abstain"] = "raise",
-        backoff: float = 0.5,
+        backoff: float = 0.5,  #: Seconds before the second attempt, doubled each time.
     ):
-        """url: of the server, without a path. reward: its name there; may be left out where one is served.
-
-        token_env: environment variable that holds the server's token. timeout: seconds of one attempt. retries: further attempts.
-        batch_size: samples per request, at most (the server's limits hold too). concurrency: requests under way.
-        format: png rounds pixels to 8 bit, as any saved picture does; npy sends fp32, exact and about ten times as large.
-        on_error: abstain turns samples on which the served reward fails into NaN, with a warning and in the count `failed`; a
-        server that does not answer, and a reward that fails on every sample, still raise. backoff: seconds before the second
-        attempt, doubled each time.
-        """
         if format not in ("png", "npy"):
             raise ValueError(f"format={format!r}: choose png or npy")
         if on_error not in ("raise", "abstain"):

@@ -97,12 +97,14 @@ class TransportMap(nn.Module):
 
 
 class Transport:
-    """How near a picture is to where its text is carried among real pictures, in [-1, 1]. Differentiable; clips frame by frame.
+    """How near a picture is to where its text is carried among real pictures, in [-1, 1]. Differentiable. Clips by frame."""
 
-    folder: what the task `transport` wrote; the one that ships serves the embedded world.
-    """
-
-    def __init__(self, folder: str | Path | None = None, frames: Frames = "mean"):
+    def __init__(
+        self,
+        #: What `flowrl train-reward tiny-transport`, or another recipe of the task, wrote; unset: the one of the embedded world.
+        folder: str | Path | None = None,
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
+    ):
         self.map, self.backbone = TransportMap.load(folder or embedded_folder("tiny_transport"))
         self.name, self.frames = "transport", check_frames(frames)
         self.traits = Traits(range=(-1, 1), differentiable=True, licence="see the card of its encoder")
@@ -159,21 +161,20 @@ def token_plan(
 
 
 class TokenTransport:
-    """How well the words that found a place among the patches fit there, in [-1, 1]. Differentiable through S, not through P.
+    """How well the words that found a place among the patches fit there, in [-1, 1]. Differentiable, but not through the plan.
 
-    backbone: a dual encoder whose patches and words compare (see `ClipBackbone.shared`). Its other options are those of
-    `token_plan`; published ones: mass 0.9, eta 0.2, epsilon 0.05. The temporal prior of the paper concerns clips only; clips are
-    scored frame by frame here. A prompt without a word abstains.
+    The temporal prior of the paper concerns clips only; clips are scored frame by frame here. A prompt without a word abstains.
     """
 
     def __init__(
         self,
-        backbone: str | Path = "tiny_clip",
-        mass: float = 0.9,
+        backbone: str | Path = "tiny_clip",  #: A dual encoder: an embedded one, a folder or a hub id.
+        mass: float = 0.9,  #: How much of the words is moved, of 1; the rest, those that fit nowhere, are let go.
+        #: What distance costs in a second plan, from the place where the first one found each word; 0 for one plan.
         eta: float = 0.2,
-        epsilon: float = 0.05,
-        published: bool = False,
-        frames: Frames = "mean",
+        epsilon: float = 0.05,  #: Weight of the plan's entropy: the larger, the more places share a word.
+        published: bool = False,  #: The paper's scheme, in which `mass` is an exponent and not the mass moved.
+        frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
     ):
         if not 0 < mass <= 1 or (published and mass == 1) or eta < 0 or epsilon <= 0:
             raise ValueError(f"token_transport: mass={mass} lies in (0, 1], eta={eta} >= 0, epsilon={epsilon} > 0")

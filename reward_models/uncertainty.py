@@ -76,13 +76,23 @@ def jittered(images: Tensor, seeds: Sequence[int], view: int, shift: float = 1 /
 
 
 class Uncertain:
-    """mean - kappa u of a reward (see the module). A sample for which u is unknown abstains.
+    """mean - kappa u of a reward: what one can be sure of, where u is its own doubt about the sample (after Ctrl-U).
 
-    of: a reward; "members" wants several, on one scale. kind: "augment" asks `views` times, once about the picture as it is;
-    "sigma" wants a reward with `distribution`, such as a preference model with a gaussian head. tau: see `confidence`.
+    A sample for which u is unknown abstains. With the recipe's `confidence` set to its label, advantages are weighed by
+    exp(-u / tau), divided by its mean over the batch; with a weight of 0 that is all it does.
     """
 
-    def __init__(self, of: Any, kind: Kind = "augment", views: int = 4, kappa: float = 1.0, tau: float | None = None):
+    def __init__(
+        self,
+        of: Any,  #: A reward, by name, or {name: ..., option: ...}; of `members` several, on one scale.
+        #: Where u comes from. augment: the deviation over `views` of one picture, moved and lit a little differently. members:
+        #: the deviation over several rewards. sigma: what the reward itself says, such as a preference model with a gaussian
+        #: head. pairs: how far the samples of one prompt disagree (Ctrl-U's own), which holds back whole prompts.
+        kind: Kind = "augment",
+        views: int = 4,  #: How often `augment` asks, once about the picture as it is.
+        kappa: float = 1.0,  #: How much doubt costs, in units of u.
+        tau: float | None = None,  #: Of the weights exp(-u / tau), in units of the reward; unset: the batch's mean u.
+    ):
         if kind not in ("augment", "members", "sigma", "pairs"):
             raise ValueError(f"uncertain: kind={kind!r}: choose augment, members, sigma or pairs")
         if views < 2 or not math.isfinite(kappa) or (tau is not None and not tau > 0):

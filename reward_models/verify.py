@@ -1,4 +1,4 @@
-"""Exact verifiers: rewards that read a picture back and compare it with what its prompt says."""
+"""Exact verifiers of the embedded world (`flowrl.tiny`): they read a picture back and compare it with what its prompt says."""
 
 from __future__ import annotations
 
@@ -6,35 +6,57 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Samples
-from flowrl.reward_models.base import RewardError, Traits
+from flowrl.reward_models.base import Traits
+from flowrl.reward_models.detectors import pictures_of
 
 
-class TinyVerifier:
-    """Did the picture of coloured shapes follow its caption? For the embedded world (`flowrl.tiny`).
+class TinyStrict:
+    """1 when the picture of coloured shapes shows what its caption says, all of it: objects, colours, counts, relation; else 0.
 
-    strict: 1 when objects, colours, counts and relation are all right, else 0. dense: partial credit in [0, 1]. Both abstain
-    (NaN) where the prompt carries no scene description (`kind`, `include` columns of the embedded prompt sets). clean: 1 when
-    every component of the picture is a known shape, whatever the caption says, else 0: an artifact measure that is not learnt.
+    Abstains (NaN) where the prompt carries no scene description (`kind`, `include` columns of the embedded prompt sets).
     """
 
-    def __init__(self, mode: str = "strict"):
-        if mode not in ("strict", "dense", "clean"):
-            raise ValueError(f"mode={mode!r}: choose strict, dense or clean")
-        self.mode, self.name = mode, f"tiny_{mode}"
-        self.traits = Traits(columns=() if mode == "clean" else ("include",), range=(0.0, 1.0))
+    name = "tiny_strict"
+    traits = Traits(columns=("include",), range=(0.0, 1.0))
 
     def __call__(self, samples: Samples) -> Tensor:
-        from flowrl.tiny import verify
+        return read_back(samples, self.name)[0]
+
+
+class TinyDense:
+    """How much of its caption the picture of coloured shapes shows, in [0, 1]: partial credit, 1 where `tiny_strict` is 1.
+
+    Abstains (NaN) where the prompt carries no scene description (`kind`, `include` columns of the embedded prompt sets).
+    """
+
+    name = "tiny_dense"
+    traits = Traits(columns=("include",), range=(0.0, 1.0))
+
+    def __call__(self, samples: Samples) -> Tensor:
+        return read_back(samples, self.name)[1]
+
+
+class TinyClean:
+    """1 when every component of the picture is a known shape, whatever its caption says; else 0: artifacts, read off exactly."""
+
+    name = "tiny_clean"
+    traits = Traits(range=(0.0, 1.0))
+
+    def __call__(self, samples: Samples) -> Tensor:
         from flowrl.tiny.corrupt import unknown
 
-        if samples.images is None or samples.images.ndim != 4:
-            raise RewardError(f"reward {self.name!r} scores pictures (N, 3, H, W)")
-        if self.mode == "clean":
-            return torch.from_numpy(~unknown(samples.images)).float()
-        scores = torch.full((len(samples),), torch.nan)
-        known = [i for i, prompt in enumerate(samples.prompts) if "include" in prompt.columns]
-        if known:
-            specs = [{"prompt": samples.prompts[i].text, **samples.prompts[i].columns} for i in known]
-            strict, dense = verify(samples.images[known].cpu(), specs)
-            scores[known] = (strict if self.mode == "strict" else dense).float()
-        return scores
+        return torch.from_numpy(~unknown(pictures_of(samples, self.name))).float()
+
+
+def read_back(samples: Samples, name: str) -> tuple[Tensor, Tensor]:
+    """All or nothing, and partial credit, (N,) each; NaN where the prompt carries no scene description."""
+    from flowrl.tiny import verify
+
+    images = pictures_of(samples, name)
+    strict, dense = torch.full((2, len(samples)), torch.nan)
+    known = [i for i, prompt in enumerate(samples.prompts) if "include" in prompt.columns]
+    if known:
+        specs = [{"prompt": samples.prompts[i].text, **samples.prompts[i].columns} for i in known]
+        found = verify(images[known].cpu(), specs)
+        strict[known], dense[known] = (values.float() for values in found)
+    return strict, dense

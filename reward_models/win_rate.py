@@ -96,15 +96,25 @@ def coin(*seeds: int) -> bool:
 
 
 class WinRate:
-    """Win rate inside the prompt group by any pointwise reward, in [0, 1]; see the top of this file.
+    """How often a sample wins against the others of its prompt by any pointwise reward, in [0, 1] (Pref-GRPO, arXiv 2508.20751).
 
-    A sample on which the inner reward abstains abstains, and the others are compared without it; so does one that is alone.
+        r_i = mean over j != i of w_ij      w_ij = 1[s_i > s_j] (1/2 for ties), or with a temperature sigmoid((s_i - s_j) / tau)
+
+    Scores that differ by nothing that anybody could see do not get far apart, as they do in advantages that are divided by the
+    group's deviation: give a temperature of the size of a difference that matters. Without one only the order counts, which is
+    for rewards that compare pictures. A sample on which the inner reward abstains abstains, and the others are compared without
+    it; so does one that is alone.
     """
 
     name = "win_rate"
 
-    def __init__(self, of: Any, temperature: float | None = None, strength: Strength = "win_rate"):
-        """of: the inner reward, as load_reward takes it. temperature: of `soft_wins`; None counts plain wins."""
+    def __init__(
+        self,
+        of: Any,  #: The inner reward, by name, or {name: ..., option: ...}.
+        temperature: float | None = None,  #: tau, in units of the inner reward; unset: plain wins, 1, 0, or 1/2 for ties.
+        #: win_rate, or bradley_terry: log-strengths that account for who the opponents were.
+        strength: Strength = "win_rate",
+    ):
         if temperature is not None and temperature <= 0:
             raise ValueError(f"temperature={temperature}: a positive difference of the reward `of`, or none for plain wins")
         if strength not in ("win_rate", "bradley_terry"):

@@ -67,24 +67,24 @@ def test_the_gradient_is_the_mean_over_what_was_kept(recipe, tmp_path):
     """Of one step with the advantages given: the rows' own losses, averaged over the rows, from one batch or from two."""
     A = torch.tensor([1.0, 0.0, -1.0, 0.2, 0.0, -0.2, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0])
     found = []
+
+    def gradient(trainer):
+        found.append(torch.cat([p.grad.flatten() for p in trainer.policy.trainable().values() if p.grad is not None]))
+        for p in trainer.policy.trainable().values():
+            p.grad = None
+        return 0.0
+
     for size in (12, 6):
         trainer = make(recipe, tmp_path / str(size), *SETS, f"batch_size={size}")
-        kept = {}
-        trainer.apply = lambda t=trainer, kept=kept: kept.update({k: p.grad for k, p in t.policy.trainable().items()}) or 0.0
+        trainer.apply = lambda t=trainer: gradient(t)
         batches = list(trainer.rollout(0))
         assert trainer.update(batches, A)["rows"] == 3
-        found.append(kept)
         if size == 12:
-            (batch,) = batches
-            part = batch.select([0, 2, 6])
-            for p in trainer.policy.trainable().values():
-                p.grad = None
+            part = batches[0].select([0, 2, 6])
             trainer.objective.loss(trainer.predict(part), part.steps[0], A[[0, 2, 6]]).values.mean().backward()
-            found.append({key: p.grad for key, p in trainer.policy.trainable().items()})
-    for key, gradient in found[0].items():
-        if gradient is not None:
-            for other in found[1:]:  # the last noisy step has little noise, by which it divides
-                torch.testing.assert_close(other[key], gradient, rtol=1e-2, atol=2e-5)
+            gradient(trainer)
+    for other in found[1:]:  # the last noisy step divides rounding by its little noise
+        assert (other - found[0]).norm() < 1e-2 * found[0].norm()
 
 
 def test_a_step_in_which_nothing_is_kept_changes_nothing(recipe, tmp_path):

@@ -66,7 +66,7 @@ def test_combined_ignores_what_abstains_wherever_it_stands():
 def test_gates():
     main, clean = fixed(0.8, 0.5, 0.5, range=(0.0, 1.0)), fixed(0.25, 1.0, None, range=(0.0, 1.0))
     assert Gate(main, clean, power=0.5)(GIVEN).tolist()[:2] == pytest.approx([0.4, 0.5])
-    assert Gate(main, clean, "add", weight=2.0)(GIVEN).tolist()[:2] == pytest.approx([0.8 - 1.5, 0.5])
+    assert Gate(main, clean, "add", cost=2.0)(GIVEN).tolist()[:2] == pytest.approx([0.8 - 1.5, 0.5])
     assert Gate(main, clean, "threshold", at=0.5, otherwise=-1.0)(GIVEN).tolist()[:2] == [-1.0, 0.5]
     for how in ("multiply", "add", "threshold"):
         assert Gate(main, clean, how)(GIVEN)[2].isnan()  # who does not know whether it is clean abstains
@@ -123,10 +123,8 @@ def test_what_cannot_be_combined(make, message):
 
 
 def test_one_reward_twice_with_other_options():
-    loaded = load_rewards(
-        {"a": {"name": "tiny_strict"}, "b": {"name": "tiny_strict", "mode": "dense", "weight": 2}, "brightness": 0.5}
-    )
-    assert [(label, reward.name, weight) for label, (reward, weight) in loaded.items()] == [
-        ("a", "tiny_strict", 1.0), ("b", "tiny_dense", 2.0), ("brightness", "brightness", 0.5)
+    loaded = load_rewards({"a": {"name": "layout"}, "b": {"name": "layout", "alpha": 0.8, "weight": 2}, "brightness": 0.5})
+    assert [(label, reward.name, getattr(reward, "alpha", None), weight) for label, (reward, weight) in loaded.items()] == [
+        ("a", "layout", 0.5, 1.0), ("b", "layout", 0.8, 2.0), ("brightness", "brightness", None, 0.5)
     ]  # fmt: skip
     assert traits_of(load_reward("brightness shape='{cap: 0.5}'")).range[1] == 0.5

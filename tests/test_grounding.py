@@ -25,7 +25,7 @@ from flowrl.reward_models.grounding import (
     read_layout,
     relation_score,
 )
-from flowrl.reward_models.verify import TinyVerifier
+from flowrl.reward_models.verify import TinyStrict
 from flowrl.tiny.render import render_batch
 from flowrl.tiny.scenes import SIZE, Object, Scene, sample_scene, split
 from flowrl.tiny.verify import verify
@@ -371,7 +371,7 @@ def test_on_rendered_truth_presence_agrees_with_the_exact_verifier():
     pictures = torch.as_tensor(render_batch([*right, *others, *fewer, *more]))
     strict = verify(pictures, specs * 4)[0]
     reward, seen = GaussianLayout(), samples(pictures, specs * 4)
-    assert torch.equal(strict, TinyVerifier()(seen)) and 100 < strict.sum() < 200
+    assert torch.equal(strict, TinyStrict()(seen)) and 100 < strict.sum() < 200
     scores = reward(seen)
     assert auc(scores[strict == 1], scores[strict == 0]) > 0.999
     # All parts more right than wrong, and no penalty: that is the verifier's verdict.

@@ -151,7 +151,7 @@ def test_lists_of_two_padding_and_lists_without_order(loss):
 
 
 def test_accuracy_within_a_prompt():
-    """Row 1: both right ones above the wrong one; row 2: the right one above one wrong one and below the other. Rows do not meet."""
+    """Row 1: both right ones above the wrong one; row 2: the right one above one wrong one, below the other. Rows do not meet."""
     scores, truth = t([1.0, 2.0, 9.0], [5.0, 6.0, 7.0]), t([0.0, 1.0, 1.0], [0.0, 1.0, 0.0])
     assert losses.accuracy_within(scores, truth) == (pytest.approx(3 / 4), 4)
 

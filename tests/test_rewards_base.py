@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from flowrl.batch import Prompt, Samples
-from flowrl.reward_models import REWARDS
-from flowrl.reward_models.base import FunctionReward, RewardError, as_scores, load_reward, score
+from flowrl.cli import main, option_comments
+from flowrl.config import ConfigError, load_recipe
+from flowrl.policy import Policy
+from flowrl.reward_models import EMBEDDED, REWARDS, Traits
+from flowrl.reward_models.base import (
+    FunctionReward,
+    RewardError,
+    as_scores,
+    find_reward,
+    load_reward,
+    load_rewards,
+    score,
+)
+from flowrl.train.trainer import Trainer
 
 
 def samples(n: int = 3, *columns: dict, frames: int | None = None) -> Samples:
@@ -159,3 +173,100 @@ def test_clean_asks_for_known_shapes_whatever_the_caption():
     given.images = torch.from_numpy(pictures)
     assert load_reward("tiny_clean")(given).tolist() == [1.0, 0.0]
     assert load_reward("tiny_strict")(given).isnan().all()  # these prompts say nothing of scenes
+
+
+# ------------------------------------------------------------------------------------------------ what the command explains
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", [*REWARDS, *EMBEDDED])
+def test_every_option_of_every_reward_is_explained(name, capsys):
+    """By a sentence of its own, beside its default; `required` where there is none."""
+    assert main(["rewards", name]) == 0
+    out = capsys.readouterr().out
+    found, implied = find_reward(name)
+    assert words(inspect.cleandoc(found.__doc__)) in words(out)
+    said = option_comments(found)
+    for option in inspect.signature(found).parameters.values() if inspect.isclass(found) else []:
+        assert len(said[option.name].split()) >= 2 and said[option.name].endswith((".", "?", "`")), option.name
+        default = implied.get(option.name, option.default)
+        shown = "required" if default is option.empty else "" if "factory" in repr(default) else f"{default} "
+        assert words(f"{option.name} {shown} {said[option.name]}") in words(out)
+
+
+def test_no_explanation_sends_the_reader_to_a_file():
+    for name in REWARDS:
+        text = words(find_reward(name)[0].__doc__)
+        assert "the module" not in text and "this file" not in text, name
+
+
+def test_the_list_says_what_each_reward_is(capsys):
+    """One line each, all different, none cut off in the middle of a sentence."""
+    assert main(["rewards"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("trained on")]
+    assert [row.split()[0] for row in rows] == [*REWARDS, *EMBEDDED]
+    assert len({row.split(maxsplit=1)[1] for row in rows}) == len(rows)
+    assert all(row.endswith((".", "?")) for row in rows)
+    latent = next(row for row in rows if row.startswith("tiny_latent"))
+    assert "`tiny_dense` read off the latents" in latent and latent.endswith("the prompt and t.")
+
+
+def test_comments_of_plain_classes_are_read(monkeypatch):
+    class Own:
+        """Mine."""
+
+        def __init__(
+            self,
+            level: float = 1.0,  #: Where it stops.
+            #: A long story,
+            #: in two lines.
+            names: tuple[str, ...] = ("a", "b"),
+            bare: int = 3,
+        ):
+            levels: int = 3  #: No option.
+            self.level = level * levels
+
+    assert option_comments(Own) == {"level": "Where it stops.", "names": "A long story, in two lines.", "bare": ""}
+    assert option_comments(type("Less", (Own,), {})) == option_comments(Own)
+    assert option_comments(len) == {} == option_comments(type("None", (), {}))
+
+
+# ------------------------------------------------------------------------------------------------ labels, clips
+
+
+def folder_reward(place: Path) -> str:
+    place.mkdir(parents=True)
+    (place / "reward.json").write_text('{"reward": "artifact", "options": {"folder": "tiny_artifact"}}')
+    return str(place)
+
+
+def test_folders_are_called_by_their_last_name_where_that_is_unique(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowrl.reward_models.base._from_folder", lambda folder, options: load_reward("brightness"))
+    mine, other, twin = (folder_reward(tmp_path / name) for name in ("a/mine", "a/other", "b/mine"))
+    assert list(load_rewards({mine: 1.0, other: {"weight": 2}, "brightness": 1})) == ["mine", "other", "brightness"]
+    assert list(load_rewards({mine: 1.0, twin: 1.0, other: 1.0})) == [mine, twin, "other"]
+    assert list(load_rewards({mine: 1.0, "mine": {"name": "jpeg_size"}})) == [mine, "mine"]
+    assert list(load_rewards({mine: 1.0}, beside=[twin])) == [mine] and list(load_rewards({mine: 1.0}, beside=[mine])) == ["mine"]
+
+
+def test_clips_of_a_model_of_pictures_are_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    class OfClips:
+        name, traits = "of_clips", Traits(needs=("clips",))
+
+        def __call__(self, samples):
+            return samples.images.mean((1, 2, 3, 4))
+
+    def loaded(*arguments, **options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(Policy, "load", loaded)
+    recipe = load_recipe("quickstart", [f"output_dir={tmp_path}/run"])
+    with pytest.raises(ConfigError, match=r"rewards.motion scores clips, and StableDiffusion3Pipeline draws pictures"):
+        Trainer(recipe, rewards={"motion": OfClips()})
+    assert not (tmp_path / "run").exists()
+    recipe.model = "somebody/some-model"  # not here: nothing can be said before it is
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        Trainer(recipe, rewards={"motion": OfClips()})

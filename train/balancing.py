@@ -171,7 +171,7 @@ class Balancing:
 
     def _add_exact(
         self, trainer: Trainer, predict: Any, point: Point, each: Tensor, sums: _Sums, share: float, penalty_share: float
-    ) -> list[dict[str, Any]]:
+    ) -> list[Mapping[str, Any]]:
         """A backward pass for each reward, and one for the penalty. Returns the metrics of each."""
         parameters = list(trainer.policy.trainable().values())
 
@@ -196,7 +196,7 @@ class Balancing:
 
     def _add_lora(
         self, trainer: Trainer, predict: Any, point: Point, each: Tensor, sums: _Sums, share: float, penalty_share: float
-    ) -> list[dict[str, Any]]:
+    ) -> list[Mapping[str, Any]]:
         """The same from the samples' own gradients at the LoRA layers."""
         if self.tape is None:
             self.tape = LinearTape(list(trainer.policy.denoisers.values()), trainer.policy.trainable())

@@ -117,10 +117,10 @@ class PolicyPredict:
 
     def scores(self, x0: Tensor, images: Tensor | None) -> Tensor:
         batch = self.batch
-        climbed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, images))
+        climbed = torch.is_grad_enabled() and (x0.requires_grad or (images is not None and images.requires_grad))
         columns = []
         for name, reward in self.reward_functions.items():
-            latents, seen = (None if t is None else t.view_as(t) for t in (x0, images))
+            latents, seen = x0.view_as(x0), None if images is None else images.view_as(images)
             samples = Samples(batch.prompts, batch.seeds, batch.group, latents, seen, references=batch.references, fps=batch.fps)
             with failing_as(name):
                 check_needs(reward, samples, name)

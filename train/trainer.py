@@ -7,6 +7,8 @@ attributes that a DistributedDataParallel wrapper would hide.
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import time
 from collections import defaultdict
@@ -73,8 +75,9 @@ class Trainer:
             load_prompts(prompts if prompts is not None else recipe.prompts) if self.data is None else self.data.prompts
         )
         self.eval_prompts = load_prompts(recipe.eval_prompts) if recipe.eval_prompts else []
-        self.rewards, self.weights = _rewards(rewards if rewards is not None else recipe.rewards, recipe)
-        self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards")[0]}
+        given = rewards if rewards is not None else recipe.rewards
+        self.rewards, self.weights = _rewards(given, recipe, beside=recipe.eval_rewards)
+        self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards", beside=given)[0]}
         self.references = _references(recipe, {**self.rewards, **self.eval_rewards})
         if recipe.confidence is not None and not hasattr(self.rewards.get(recipe.confidence), "confidence"):
             doubters = [label for label, reward in self.rewards.items() if hasattr(reward, "confidence")]
@@ -112,7 +115,7 @@ class Trainer:
         self.checkpoint = record.find_checkpoint(recipe)
         self.changed = record.check_resumable(self.checkpoint, recipe) if self.checkpoint else []
         if policy is None:
-            resolve_model(recipe.model)
+            _check_clips(resolve_model(recipe.model), self.eval_rewards)
             _check_lora(recipe.lora)
         if self.is_main:
             record.prepare_folder(self.folder, self.checkpoint)
@@ -295,7 +298,8 @@ class Trainer:
                 attach(batch, self.references, self.policy)
                 if self.map_reward is not None:
                     assert batch.images is not None
-                    batch.maps = to_grid(self.map_reward.map(batch), latent_grid(batch.latents, batch.images.shape[-2:]))
+                    height, width = batch.images.shape[-2:]
+                    batch.maps = to_grid(self.map_reward.map(batch), latent_grid(batch.latents, (height, width)))
                 clock.lap("decode_time")
                 scoring.submit(batch)
                 batches.append(batch)
@@ -307,8 +311,15 @@ class Trainer:
     def end(self, batch: Samples, stride: int) -> Samples:
         """Where the batch's trajectories end if, after their last noisy step, the ODE visits every stride-th node only."""
         last = batch.steps[-1]
-        way = {"latents": last.native_next, "start": last.index + 1, "stride": stride, "solver": self.recipe.solver}
-        return self.policy.rollout(batch.prompts, batch.seeds, group=batch.group, **way)
+        return self.policy.rollout(
+            batch.prompts,
+            batch.seeds,
+            group=batch.group,
+            latents=last.native_next,
+            start=last.index + 1,
+            stride=stride,
+            solver=self.recipe.solver,
+        )
 
     def credit(self, batches: list[Samples]) -> float:
         """Give every recorded step its advantage by the process reward of where it led, relative to its group at that step.
@@ -713,11 +724,14 @@ def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
     return objective, transition, schedule, trained
 
 
-def _rewards(section: dict[str, Any], recipe: Recipe, where: str = "rewards") -> tuple[dict[str, Reward], dict[str, float]]:
-    """Rewards and weights of a recipe's section, or of given objects, whose weights the recipe may hold."""
+def _rewards(
+    section: dict[str, Any], recipe: Recipe, where: str = "rewards", beside: Iterable[str] = ()
+) -> tuple[dict[str, Reward], dict[str, float]]:
+    """Rewards and weights of a recipe's section, or of given objects, whose weights the recipe may hold. beside: labels of the
+    other section."""
     given = {label: recipe.rewards.get(label, 1.0) for label, value in section.items() if callable(value)}
     try:
-        loaded = load_rewards(section)
+        loaded = load_rewards(section, beside)
         for label, value in given.items():
             weight = value.get("weight", 1.0) if isinstance(value, dict) else value
             loaded[label] = (loaded[label][0], float(weight))
@@ -788,6 +802,22 @@ def _best(rewards: dict[str, Reward], weights: dict[str, float], recipe: Recipe)
             f"as in rewards.{unknown_ones.split(',')[0]}={{weight: 1, shape: {{sigmoid: ...}}}}"
         )
     return torch.where(known, best, torch.nan)
+
+
+def _check_clips(place: Path | str, rewards: dict[str, Reward]) -> None:
+    """Raises ConfigError when a reward wants clips of a pipeline that draws pictures, as far as its model_index.json lies here;
+    of others the first batch tells."""
+    wanting = [label for label, reward in rewards.items() if "clips" in traits_of(reward).needs]
+    index = Path(place) / "model_index.json"
+    if not wanting or not index.is_file():
+        return
+    import diffusers
+
+    pipeline = getattr(diffusers, json.loads(index.read_text()).get("_class_name", ""), None)
+    if pipeline is not None and "num_frames" not in inspect.signature(pipeline.__call__).parameters:
+        raise ConfigError(
+            f"rewards.{wanting[0]} scores clips, and {pipeline.__name__} draws pictures: give a video model, or another reward"
+        )
 
 
 def _check_lora(lora: str | None) -> None:

@@ -74,10 +74,10 @@ def contrastive_loss(logits: Tensor, shown: Tensor) -> Tensor:
 class Contrastive:
     """Options of the task `clip`."""
 
-    width: int = 96  #: Of the vision tower.
-    layers: int = 4
-    text_width: int = 64
-    text_layers: int = 2
+    width: int = 96  #: Of the vision tower, a multiple of 32.
+    layers: int = 4  #: Of the vision tower.
+    text_width: int = 64  #: Of the text tower, a multiple of 32.
+    text_layers: int = 2  #: Of the text tower.
     dim: int = 64  #: Of the shared space.
     eval_pictures: int = 4  #: Pictures that the embedded generator draws for each held-out caption; 0 for none.
 

@@ -386,9 +386,9 @@ threads), seed {seed}.
 
 {table}
 
-Held-out data; `n` is the number of pictures, or of pairs of them, that a number is taken over; `before` is the model that training
-started from. A reward model is a proxy: what scores highest under it is not always what is best. Look at the pictures, and at a
-reward that was not trained on.
+Held-out data; `n` is how many pictures, or pairs of them, a number is taken over; `before` is the model that training started
+from. A reward model is a proxy: what scores highest under it is not always what is best. Look at the pictures, and at a reward
+that was not trained on.
 
 ## Reproduce
 
