@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowrl.batch import Prompt, Samples
-from flowrl.cli import quiet_libraries
+from flowrl.commands.common import quiet_libraries
 from flowrl.data import load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Evaluation, Protocol, compare, evaluate, text_table
 from flowrl.pictures import Cell, contact_sheet

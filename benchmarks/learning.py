@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flowrl.cli import quiet_libraries
+from flowrl.commands.common import quiet_libraries
 from flowrl.config import load_recipe
 from flowrl.data import load_prompts
 from flowrl.evaluate import Evaluation, Protocol, compare, comparison_rows, evaluate, text_table

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from flowrl.cli import quiet_libraries
+from flowrl.commands.common import quiet_libraries
 from flowrl.config import Recipe, load_recipe, recipe_names
 from flowrl.data import load_prompts
 from flowrl.evaluate import Evaluation, Protocol, compare, evaluate, text_table

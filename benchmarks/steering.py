@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from flowrl.batch import Prompt
-from flowrl.cli import quiet_libraries
+from flowrl.commands.common import quiet_libraries
 from flowrl.data import load_prompts
 from flowrl.evaluate import prompt_seed, text_table
 from flowrl.policy import Policy

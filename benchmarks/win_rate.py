@@ -18,7 +18,7 @@ from typing import Any
 from hacking import MEASURES, report
 from torch import Tensor
 
-from flowrl.cli import quiet_libraries
+from flowrl.commands.common import quiet_libraries
 from flowrl.config import load_recipe
 from flowrl.record import checkpoints
 from flowrl.train import Trainer

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flowrl.batch import Prompt, Samples
-from flowrl.cli import main, option_comments
+from flowrl.cli import main
+from flowrl.commands.rewards import option_comments
 from flowrl.config import ConfigError, load_recipe
 from flowrl.policy import Policy
 from flowrl.reward_models import EMBEDDED, REWARDS, Traits

@@ -1,0 +1,137 @@
+"""What commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REWARDS_HELP = 'rewards: names, folders, dotted paths, or "NAME key=value"; `flowrl rewards` lists them'
+
+
+def command(commands: Any, name: str, run: Callable[..., int], help: str, **kwargs: Any) -> argparse.ArgumentParser:
+    """A subcommand, to which options are added. run: takes the arguments, returns the exit code."""
+    sub = commands.add_parser(
+        name,
+        help=help,
+        description=kwargs.pop("description", help),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **kwargs,
+    )
+    sub.set_defaults(run=run)
+    return sub
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 62:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^62")
+    return int(text)
+
+
+def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str | None) -> None:
+    group = parser.add_argument_group("sampling (always by the ODE)")
+    group.add_argument(
+        "--prompts",
+        dest="prompt_file",
+        default=prompts,
+        help="prompt file (.txt, .jsonl) or embedded set" + (f" (default {prompts})" if prompts else ""),
+    )
+    group.add_argument("--seeds", type=positive, default=seeds, help=f"samples per prompt (default {seeds})")
+    group.add_argument("--seed", type=int, default=0, help="first seed (default 0)")
+    group.add_argument("--steps", type=positive, default=None, help="denoising steps (default: the model's own, or 28)")
+    group.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the model's own)")
+    group.add_argument("--height", type=positive, default=None)
+    group.add_argument("--width", type=positive, default=None)
+    group.add_argument("--batch-size", type=positive, default=64, help="samples per denoiser call (default 64)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
+    group.add_argument("--device", default=None, help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
+def quiet_libraries() -> None:
+    """Loading bars and advice of the libraries below would drown ours."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def read_prompts(source: Any) -> Any:
+    from flowrl.config import ConfigError
+    from flowrl.data import load_prompts
+
+    if not source:
+        raise ConfigError('no prompts: give them as arguments ("a red circle") or as --prompts FILE')
+    return load_prompts(source)
+
+
+def spread(prompts: list[Any], limit: int | None) -> list[Any]:
+    """At most `limit` prompts, evenly from the whole list."""
+    return [prompts[i * len(prompts) // limit] for i in range(limit)] if limit and len(prompts) > limit else prompts
+
+
+def make_folder(folder: Path) -> None:
+    from flowrl.config import ConfigError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be made: {error.strerror}") from None
+
+
+def open_model(model: str, arguments: argparse.Namespace) -> Any:
+    quiet_libraries()
+    import torch
+
+    from flowrl.sources import Source
+
+    size = {k: v for k, v in {"height": arguments.height, "width": arguments.width}.items() if v is not None}
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Source.parse(model).open(arguments.dtype, device, **size)
+
+
+def protocol(arguments: argparse.Namespace, policy: Any) -> Any:
+    from flowrl.evaluate import Protocol
+
+    steps = arguments.steps or policy.call.get("num_inference_steps", 28)
+    guidance = arguments.guidance if arguments.guidance is not None else policy.call.get("guidance_scale")
+    return Protocol(str(arguments.prompt_file), steps, guidance, arguments.seeds, arguments.seed)
+
+
+def evaluate_models(
+    models: list[str], arguments: argparse.Namespace, keep_images: bool = False, limit: int | None = None
+) -> list[Any]:
+    """Every model under the protocol of the first one's defaults."""
+    from flowrl.evaluate import evaluate
+    from flowrl.reward_models import load_reward
+    from flowrl.reward_models.base import short_labels
+    from flowrl.sources import Source
+
+    prompts = spread(read_prompts(arguments.prompt_file), limit)
+    rewards = {label: load_reward(name) for name, label in short_labels(arguments.rewards).items()}
+    results, shared = [], None
+    for model in models:
+        policy = open_model(model, arguments)
+        shared = shared or protocol(arguments, policy)
+        name = Source.parse(model).label
+        results.append(
+            evaluate(
+                policy,
+                prompts,
+                rewards,
+                shared,
+                name=name,
+                batch_size=arguments.batch_size,
+                keep_images=keep_images,
+                progress=True,
+            )
+        )
+    return results

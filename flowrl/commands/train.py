@@ -1,0 +1,133 @@
+"""`flowrl train | train-reward | plan | recipes`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from flowrl.commands.common import command, positive, quiet_libraries
+from flowrl.commands.rewards import print_options
+
+
+def add(commands: Any) -> None:
+    train = command(commands, "train", run_train, "train a model by a recipe", description=train_help())
+    train.add_argument("recipe", help="a recipe that ships (see `flowrl recipes`) or a YAML file")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="options that differ, like max_steps=20 objective.epsilon=1e-5",
+    )
+
+    teach = command(
+        commands, "train-reward", run_train_reward, "train a reward model by a recipe", description=train_reward_help()
+    )
+    teach.add_argument("recipe", nargs="?", help="a reward recipe that ships (see `flowrl recipes`) or a YAML file")
+    teach.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options that differ, like max_steps=100 task.head=linear"
+    )
+    teach.add_argument("--options", metavar="TASK", help="explain a task's own options (task.NAME=...), and train nothing")
+
+    plan = command(commands, "plan", run_plan, "show a recipe's arithmetic without loading any weight")
+    plan.add_argument("recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--processes", type=positive, default=1, help="processes that will train (default 1)")
+
+    command(commands, "recipes", run_recipes, "list the recipes that ship")
+
+
+def train_help() -> str:
+    """Every option of a recipe, with its default, from the recipe itself."""
+    from flowrl.config import Recipe, recipe_names
+
+    start = "Train a model by a recipe. Any option can be overridden: flowrl train quickstart max_steps=20 objective.epsilon=1e-5"
+    return options_help(start, recipe_names(), Recipe)
+
+
+def train_reward_help() -> str:
+    from flowrl.config import recipe_names
+    from flowrl.train.rewards.recipe import RECIPES, RewardRecipe
+
+    start = "Train a reward model by a recipe. Its folder is a reward: flowrl train quickstart rewards.runs/tiny_preference=1"
+    return options_help(start, recipe_names(RECIPES), RewardRecipe)
+
+
+def options_help(start: str, recipes: list[str], cls: Any) -> str:
+    import dataclasses
+    import textwrap
+
+    lines = [start, "", f"recipes: {', '.join(recipes)}", "", "options:"]
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc, operator]
+        text = f"{field.metadata['help']} [{default}]"
+        lines += textwrap.wrap(text, 118, initial_indent=f"  {field.name:<28}", subsequent_indent=" " * 30)
+    return "\n".join(lines)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from flowrl.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    quiet_libraries()
+    from flowrl.train.trainer import Trainer, set_threads
+
+    set_threads()
+    trainer = Trainer(recipe)
+    folder = trainer.train()
+    if not trainer.finished:
+        return 130
+    if trainer.is_main:
+        print(f"\nDone: {folder}\n  flowrl eval {folder} --against {recipe.model}")
+        print(f"  flowrl gallery {recipe.model} {folder} --out {folder}/gallery")
+    return 0
+
+
+def run_train_reward(arguments: argparse.Namespace) -> int:
+    from flowrl.config import ConfigError
+    from flowrl.train.rewards.recipe import load_reward_recipe
+
+    if arguments.options:
+        from flowrl.train.rewards import find_task
+
+        task = find_task(arguments.options)
+        print(f"task {arguments.options}: {(task.__doc__ or '').strip()}\n")
+        print_options(task, {})
+        return 0
+    if arguments.recipe is None:
+        raise ConfigError("no recipe: give one that ships (see `flowrl recipes`) or a YAML file")
+    recipe = load_reward_recipe(arguments.recipe, arguments.overrides)
+    quiet_libraries()
+    from flowrl.train.rewards.loop import RewardTrainer
+    from flowrl.train.trainer import set_threads
+
+    set_threads()
+    trainer = RewardTrainer(recipe)
+    trainer.train()
+    return 0 if trainer.finished else 130
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    from flowrl.config import Plan, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from flowrl.train.trainer import parts
+
+    *_, trained = parts(recipe)
+    rows = Plan(recipe, arguments.processes, len(trained)).check().table()
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
+    return 0
+
+
+def run_recipes(arguments: argparse.Namespace) -> int:
+    from importlib.resources import files
+
+    from flowrl.config import recipe_names
+    from flowrl.train.rewards.recipe import RECIPES
+
+    for verb, package in (("train", "flowrl.train.recipes"), ("train-reward", RECIPES)):
+        print(f"flowrl {verb}")
+        for name in recipe_names(package):
+            first = files(package).joinpath(f"{name}.yaml").read_text().splitlines()[0]
+            print(f"  {name:<24} {first.lstrip('# ')}")
+    return 0
