@@ -13,7 +13,7 @@ import torch
 from flowrl.batch import Prompt
 
 #: Prompt sets that come with the library, by name.
-EMBEDDED = ("tiny-train", "tiny-test")
+EMBEDDED = ("tiny-train", "tiny-test", "tiny-video-train", "tiny-video-test")
 
 
 def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:

@@ -235,7 +235,7 @@ def test_pooled_embedding_is_read_at_the_end_of_the_caption(pipe):
 
 
 def test_vae_reconstructs(pipe):
-    assert evaluate.ceiling(pipe.vae, 100) >= 0.95
+    assert evaluate.ceiling(pipe, 100) >= 0.95
 
 
 # ---------------------------------------------------------------------------------------------------------------- build

@@ -62,11 +62,11 @@ def _asset(*parts: str) -> Path:
     return path
 
 
-def model_path() -> Path:
-    """Folder of the shipped pipeline; its flowrl.json holds the call arguments it was trained for."""
-    return _asset("tiny-sd3")
+def model_path(name: str = "tiny-sd3") -> Path:
+    """Folder of a shipped pipeline, tiny-sd3 or tiny-wan; its flowrl.json holds the call arguments it was trained for."""
+    return _asset(name)
 
 
 def prompts_path(split: str = "train") -> Path:
-    """File of the specs of "train" or "test", one JSON object per line, the caption under "prompt"."""
+    """File of the specs of "train" or "test", or of "video-train" or "video-test"; one JSON object per line."""
     return _asset("prompts", f"tiny-{split}.jsonl")

@@ -1,11 +1,16 @@
-"""The architecture of the embedded model: the classes of Stable Diffusion 3 at the size of a thumbnail."""
+"""The embedded text-to-image model: the classes of Stable Diffusion 3 at the size of a thumbnail.
+
+`video` is its sibling for clips: the names that the build (`stages`, `evaluate`) asks for are the same in both.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -13,15 +18,32 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .scenes import SIZE, all_specs
+from .render import render_batch
+from .scenes import KINDS, SIZE, Spec, all_specs, random_spec, sample_scene, split
+from .verify import verify
+
+__all__ = ["KINDS", "split", "verify"]
+
+NAME = "tiny-sd3"
+PIPELINE = StableDiffusion3Pipeline
+TAG = "text-to-image"
 
 #: Arguments that the pipeline needs for this model; they travel with it in flowrl.json. A T5 encoder is absent, so that
 #: `max_sequence_length` only counts zero tokens: one is trained and sampled with.
 CALL = {"num_inference_steps": 20, "guidance_scale": 1.0, "height": SIZE, "width": SIZE, "max_sequence_length": 1}
 MAX_TOKENS = 16  #: The longest caption has 9 words, a start and an end.
+#: The kinds in the training mix: what is hard is shown more often.
+KIND_WEIGHTS = {
+    "single_object": 0.5,
+    "two_object": 1.0,
+    "counting": 1.2,
+    "colors": 0.7,
+    "position": 1.4,
+    "color_attr": 1.3,
+}
 EXTRA_WORDS = ("one", "five", "and", "next", "to", "the", "on", "big", "small", "orange", "white", "diamond", "heart")
 
 
@@ -146,6 +168,43 @@ def make_pipeline(arch: Architecture, vae: AutoencoderKL) -> StableDiffusion3Pip
     )
 
 
+def draw(rng: np.random.Generator, count: int, split: str = "train", weights: Any = None) -> tuple[np.ndarray, list[Spec]]:
+    """Pictures (count, 3, 64, 64) in [0, 1] of random captions, and their specs."""
+    specs = [random_spec(rng, split, weights) for _ in range(count)]
+    return render_batch([sample_scene(spec, rng) for spec in specs], rng), specs
+
+
+def from_vae(decoded: Tensor) -> Tensor:
+    """What the VAE decodes is (N, 3, H, W) as it is."""
+    return decoded
+
+
+def whitening(z: Tensor) -> dict[str, Any]:
+    """The VAE's configuration with which latents z (N, C, h, w) get mean 0 and standard deviation 1 in the pipeline."""
+    return {"shift_factor": z.mean().item(), "scaling_factor": 1 / z.std().item()}
+
+
+def whiten(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def trained(pipe: StableDiffusion3Pipeline) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    )
+
+
+def velocity(pipe: StableDiffusion3Pipeline, x: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
+    """v (B, C, h, w), of whitened latents x at times t (B,) in [0, 1], with gradients to all that `trained` names."""
+    context, pooled = encode(pipe, prompts)
+    return pipe.transformer(x, context, pooled, 1000 * t, return_dict=False)[0]
+
+
+def pixels(output: Any) -> Tensor:
+    """(N, 3, H, W) in [0, 1] from what a pipeline returns."""
+    return output.images.float().cpu()
+
+
 def encode(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """The pipeline's own conditioning, with gradients: context (B, L, D) and pooled (B, D)."""
     unique = list(dict.fromkeys(prompts))
@@ -167,3 +226,31 @@ def load(folder: str | Path) -> StableDiffusion3Pipeline:
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+#: What the card says of the model, of how to draw with it, and of what it has seen.
+ABOUT = f"""\
+# tiny-sd3: the embedded text-to-image model of flowrl
+
+A complete `StableDiffusion3Pipeline` (SD3 transformer, 8x AutoencoderKL, two CLIP text encoders, no T5) that
+draws 64x64 scenes of coloured shapes. It is trained from nothing by `python -m flowrl.tiny.build`, and it is
+good but not perfect on purpose: reinforcement learning has something left to teach it.
+
+```python
+from diffusers import StableDiffusion3Pipeline
+from flowrl.tiny import model_path
+
+pipe = StableDiffusion3Pipeline.from_pretrained(model_path(), text_encoder_3=None, tokenizer_3=None)
+image = pipe("a red circle and a blue square", {", ".join(f"{k}={v}" for k, v in CALL.items())}).images[0]
+```
+
+`flowrl.json` holds these call arguments. `max_sequence_length` is the number of zero vectors that stand in
+for the missing T5 encoder; the model was trained with 1, and more of them spoil the pictures.
+
+## Data
+
+Scenes drawn by `flowrl.tiny.render` for the {len(split("train"))} captions of `split('train')`: a pool of
+%POOL% pictures. None of the {len(split("test"))} captions of `split('test')` (20 per kind) was
+seen; except for single objects, where only the wording is new, they are new combinations. Shapes: circle,
+square, triangle, star, cross, ring; colours: red, green, blue, yellow, purple, black. Any word outside the
+grammar is split into bytes, of which the model knows nothing."""

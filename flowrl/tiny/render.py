@@ -55,12 +55,12 @@ def coverage(obj: Object, size: int = SIZE) -> tuple[slice, slice, np.ndarray]:
     return slice(lo[0], hi[0]), slice(lo[1], hi[1]), mask.reshape(h, k, w, k).mean((1, 3), dtype=np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
-    """One picture: (3, 64, 64) float32 in [0, 1]. With `rng`, each object's colour varies by up to 0.04."""
-    image = np.empty((3, SIZE, SIZE), np.float32)
+def render(scene: Scene, rng: np.random.Generator | None = None, size: int = SIZE) -> np.ndarray:
+    """One picture: (3, size, size) float32 in [0, 1]. With `rng`, each object's colour varies by up to 0.04."""
+    image = np.empty((3, size, size), np.float32)
     image[:] = np.asarray(scene.background, np.float32)[:, None, None]
     for obj in scene.objects:
-        rows, cols, alpha = coverage(obj)
+        rows, cols, alpha = coverage(obj, size)
         color = np.asarray(COLORS[obj.color], np.float32)
         if rng is not None:
             color = np.clip(color + rng.uniform(-0.04, 0.04, 3).astype(np.float32), 0, 1)

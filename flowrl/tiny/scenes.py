@@ -11,12 +11,10 @@ The shapes named by one caption are always different, so that a detection belong
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, permutations, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,11 +188,3 @@ def _place(sizes: np.ndarray, rng: np.random.Generator, relation: str | None, tr
 def _related(a: np.ndarray, b: np.ndarray, relation: str, cosine: float = 0.8) -> bool:
     d = np.asarray(a) - np.asarray(b)
     return float(d @ np.array(RELATIONS[relation])) >= cosine * float(np.hypot(*d))
-
-
-def write_prompts(folder: Path) -> None:
-    """Write tiny-train.jsonl and tiny-test.jsonl, one spec per line."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train", "test"):
-        lines = [json.dumps(spec) for spec in split(name)]
-        (folder / f"tiny-{name}.jsonl").write_text("\n".join(lines) + "\n")

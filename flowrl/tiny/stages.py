@@ -12,31 +12,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from . import evaluate, models
-from .render import render_batch
-from .scenes import random_spec, sample_scene, split
+from . import evaluate, models, video
 
-#: The kinds in the training mix: what is hard is shown more often.
-KIND_WEIGHTS = {
-    "single_object": 0.5,
-    "two_object": 1.0,
-    "counting": 1.2,
-    "colors": 0.7,
-    "position": 1.4,
-    "color_attr": 1.3,
-}
+#: Whose names the stages ask for.
+WORLDS = {"pictures": models, "video": video}
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,7 @@ class Settings:
 
     out: Path
     work: Path
+    world: str = "pictures"  #: Or video.
     steps: int = 3800
     vae_steps: int = 1500
     vae_batch: int = 32
@@ -63,12 +55,24 @@ class Settings:
     export_every: float = 900.0  #: Seconds; 0 exports only at the end.
     evaluate_every: int = 1000  #: Steps.
     test_seeds: int = 4  #: Pictures per test prompt in the final evaluation.
-    arch: models.Architecture = field(default_factory=models.Architecture)
+    arch: Any = None  #: An `Architecture` of the world; its defaults where there is none.
+
+    @property
+    def of(self) -> ModuleType:
+        """The world's own half of the build: data, networks, verifier."""
+        return WORLDS[self.world]
+
+    def architecture(self) -> Any:
+        return self.arch or self.of.Architecture()
 
     def torch_device(self) -> torch.device:
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+Pool = tuple[Tensor, Tensor, list[str]]  # latents (pool, C, ...), rows of captions (pool,), captions
+Export = Callable[[Settings, Any, dict[str, Any]], None]  # of a pipeline, and what is known of its training
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
@@ -91,18 +95,17 @@ def _rng(settings: Settings, *key: int) -> np.random.Generator:
     return np.random.default_rng([settings.seed, *key])
 
 
-def _scenes(settings: Settings, count: int, *key: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures (count, 3, 64, 64) in [0, 1] of random training captions, and the captions."""
-    rng = _rng(settings, *key)
-    specs = [random_spec(rng, "train", KIND_WEIGHTS) for _ in range(count)]
-    return render_batch([sample_scene(spec, rng) for spec in specs], rng), [spec["prompt"] for spec in specs]
+def _data(settings: Settings, count: int, *key: int) -> tuple[np.ndarray, list[str]]:
+    """What the world shows for random training captions, (count, ...) in [0, 1], and the captions."""
+    shown, specs = settings.of.draw(_rng(settings, *key), count, "train", settings.of.KIND_WEIGHTS)
+    return shown, [spec["prompt"] for spec in specs]
 
 
-def train_vae(settings: Settings) -> AutoencoderKL:
-    """Stage 1: reconstruct scenes; the decoder sees slightly noisy latents, as it will from a generator."""
+def train_vae(settings: Settings) -> Any:
+    """Stage 1: reconstruct; the decoder sees slightly noisy latents, as it will from a generator."""
     device = settings.torch_device()
     torch.manual_seed(settings.seed)
-    vae = models.make_vae(settings.arch).to(device)
+    vae = settings.of.make_vae(settings.architecture()).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), settings.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4)
     path = settings.work / "vae.pt"
     state = _load(path, device) or {"step": 0, "seconds": 0.0}
@@ -113,7 +116,7 @@ def train_vae(settings: Settings) -> AutoencoderKL:
     bar = _progress(settings.vae_steps, state["step"], "VAE")
     for step in range(state["step"], settings.vae_steps):
         _set_lr(optimizer, settings.vae_lr * _schedule(step, settings.vae_steps, settings.decay_from, 30))
-        images = torch.from_numpy(_scenes(settings, settings.vae_batch, 1, step)[0]).to(device) * 2 - 1
+        images = torch.from_numpy(_data(settings, settings.vae_batch, 1, step)[0]).to(device) * 2 - 1
         torch.manual_seed(settings.seed * 1_000_003 + step)
         with _autocast(settings, device):
             posterior = vae.encode(images).latent_dist
@@ -160,10 +163,10 @@ def _autocast(settings: Settings, device: torch.device) -> contextlib.AbstractCo
 
 
 @torch.no_grad()
-def encode_pool(settings: Settings, vae: AutoencoderKL) -> tuple[Tensor, Tensor, list[str]]:
-    """Stage 2: latents (pool, C, 8, 8) fp16, whitened; rows of captions (pool,); the captions.
+def encode_pool(settings: Settings, vae: Any) -> Pool:
+    """Stage 2: latents (pool, C, ...) fp16, whitened; rows of captions (pool,); the captions.
 
-    Sets the VAE's shift_factor and scaling_factor so that the latents have mean 0 and standard deviation 1.
+    Sets the VAE's configuration so that the latents have mean 0 and standard deviation 1.
     """
     device, path = settings.torch_device(), settings.work / "latents.pt"
     state = _load(path, torch.device("cpu"))
@@ -172,25 +175,26 @@ def encode_pool(settings: Settings, vae: AutoencoderKL) -> tuple[Tensor, Tensor,
         chunk = min(256, settings.pool)
         bar = _progress(settings.pool, 0, "latents")
         for i in range(settings.pool // chunk):
-            images, captions = _scenes(settings, chunk, 2, i)
+            images, captions = _data(settings, chunk, 2, i)
             z = vae.encode(torch.from_numpy(images).to(device) * 2 - 1).latent_dist.mean
             latents.append(z.float().cpu())
             texts += captions
             bar.update(chunk)
         bar.close()
         z = torch.cat(latents)
-        shift, scale = z.mean().item(), 1 / z.std().item()
+        config = settings.of.whitening(z)
+        vae.register_to_config(**config)
         captions = sorted(set(texts))
         place = {caption: i for i, caption in enumerate(captions)}
         rows = torch.tensor([place[t] for t in texts])
-        state = {"z": ((z - shift) * scale).half(), "rows": rows, "captions": captions, "shift": shift, "scale": scale}
+        state = {"z": settings.of.whiten(vae, z).half(), "rows": rows, "captions": captions, "config": config}
         _save(state, path)
-    vae.register_to_config(shift_factor=state["shift"], scaling_factor=state["scale"])
+    vae.register_to_config(**state["config"])
     return state["z"], state["rows"], state["captions"]
 
 
-def _batches(settings: Settings, pool: tuple[Tensor, Tensor, list[str]], first: int) -> Iterator[tuple]:
-    """x0 (B, C, 8, 8), captions, t (B,) in (0, 1), noise; from step `first` on, for ever."""
+def _batches(settings: Settings, pool: Pool, first: int) -> Iterator[tuple]:
+    """x0 (B, C, ...), captions, t (B,) in (0, 1), noise; from step `first` on, for ever."""
     z, rows, captions = pool
     step = first
     while True:
@@ -204,19 +208,13 @@ def _batches(settings: Settings, pool: tuple[Tensor, Tensor, list[str]], first: 
         step += 1
 
 
-def _trained(pipe: StableDiffusion3Pipeline) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {"transformer": pipe.transformer, "one": pipe.text_encoder, "two": pipe.text_encoder_2},
-    )
-
-
 def _optimizers(trained: nn.ModuleDict, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors."""
     blocks: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, weight in trained.named_parameters():
-        if weight.ndim == 2 and ("transformer_blocks" in name or "encoder.layers" in name):
+        if weight.ndim == 2 and ("blocks." in name or "layer" in name) and "bias" not in name:
             blocks.append(weight)
         else:
             (matrices if weight.ndim > 1 else vectors).append(weight)
@@ -232,20 +230,16 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-Pool = tuple[Tensor, Tensor, list[str]]  # latents (pool, C, 8, 8), rows of captions (pool,), captions
-Export = Callable[[Settings, StableDiffusion3Pipeline, dict[str, Any]], None]
-
-
-def train_transformer(settings: Settings, vae: AutoencoderKL, pool: Pool, export: Export) -> dict[str, Any]:
+def train_transformer(settings: Settings, vae: Any, pool: Pool, export: Export) -> dict[str, Any]:
     """Stage 3: flow matching, v = noise - x0 at x_t = (1 - t) x0 + t noise. Exports EMA weights on the way.
 
     Returns {"step", "seconds", "pipe": the pipeline with EMA weights}.
     """
     device = settings.torch_device()
     torch.manual_seed(settings.seed + 1)
-    pipe = models.make_pipeline(settings.arch, vae).to(device)
+    pipe = settings.of.make_pipeline(settings.architecture(), vae).to(device)
     pipe.set_progress_bar_config(disable=True)
-    trained = _trained(pipe)
+    trained = settings.of.trained(pipe)
     trained.requires_grad_(True).train()
     ema = copy.deepcopy(trained).requires_grad_(False)
     weights: list[Tensor] = list(trained.parameters())
@@ -268,12 +262,11 @@ def train_transformer(settings: Settings, vae: AutoencoderKL, pool: Pool, export
             break
         lr = settings.lr * _schedule(step, settings.steps, settings.decay_from, 200)
         x0, t, noise = x0.to(device), t.to(device), noise.to(device)
-        time_axis = t[:, None, None, None]
+        time_axis = t.reshape(-1, *[1] * (x0.ndim - 1))
         x_t = (1 - time_axis) * x0 + time_axis * noise
         with _attention(device):
             with _autocast(settings, device):
-                context, pooled = models.encode(pipe, texts)
-                v = pipe.transformer(x_t, context, pooled, 1000 * t, return_dict=False)[0]
+                v = settings.of.velocity(pipe, x_t, t, texts)
             loss = F.mse_loss(v.float(), noise - x0)
             trained.zero_grad(set_to_none=True)
             loss.backward()
@@ -293,7 +286,7 @@ def train_transformer(settings: Settings, vae: AutoencoderKL, pool: Pool, export
             parts = {"model": trained.state_dict(), "ema": ema.state_dict()}
             _save({**info, **parts, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
         if done % settings.evaluate_every == 0 and done < settings.steps:
-            scores = evaluate.scores(_with_weights(pipe, ema), split("test"), seeds=1)
+            scores = evaluate.scores(_with_weights(pipe, ema), settings.of.split("test"), seeds=1)
             tqdm.write(f"step {done}, {info['seconds'] / 60:.1f} min: {evaluate.one_line(scores)}", file=sys.stderr)
         if settings.export_every and done < settings.steps and now - exported > settings.export_every:
             exported = now
@@ -302,11 +295,11 @@ def train_transformer(settings: Settings, vae: AutoencoderKL, pool: Pool, export
     return {**info, "pipe": _with_weights(pipe, ema)}
 
 
-def _with_weights(pipe: StableDiffusion3Pipeline, ema: nn.ModuleDict) -> StableDiffusion3Pipeline:
+def _with_weights(pipe: Any, ema: nn.ModuleDict) -> Any:
     """The same pipeline with the averaged weights."""
-    parts = {"transformer": ema["transformer"], "text_encoder": ema["one"], "text_encoder_2": ema["two"]}
+    parts = dict(ema.items())
     for module in parts.values():
         module.eval()
-    other = StableDiffusion3Pipeline(**{**pipe.components, **parts})
+    other = type(pipe)(**{**pipe.components, **parts})
     other.set_progress_bar_config(disable=True)
     return other
