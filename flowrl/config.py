@@ -472,15 +472,16 @@ class Plan:
 
     def table(self) -> list[tuple[str, str]]:
         r = self.recipe
-        calls = self.images_per_step * r.num_inference_steps
+        calls = 0 if r.data else self.images_per_step * r.num_inference_steps
         updates = self.images_per_step * self.trained_steps
+        rollout = "no rollout" if r.data else f"{r.num_inference_steps} denoising steps in a rollout"
         rows = f"{self.group_size} {'of the data' if r.data else 'generations'}"
         return [
             ("prompts per step", str(r.prompts_per_step)),
             ("images per step", f"{self.images_per_step} = {r.prompts_per_step} prompts x {rows}"),
             ("updates per step", f"{r.updates_per_step}, each over {self.images_per_step // r.updates_per_step} images"),
             ("batches per update", f"{self.images_per_update // self.batch_size} of {self.batch_size} images"),
-            ("trained points", f"{self.trained_steps} per image; {r.num_inference_steps} denoising steps in a rollout"),
+            ("trained points", f"{self.trained_steps} per image; {rollout}"),
             ("gradient accumulation", f"{self.gradient_accumulation_steps} backward passes per update and process"),
             ("denoiser calls per step", f"{calls} images x steps in rollout, {updates} with gradient"),
             ("steps", f"{r.max_steps} ({r.max_steps * self.images_per_step} images)"),

@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+from functools import cache
+from importlib.resources import files
 
 import pytest
 import yaml
 
+from flowrl.cli import main
 from flowrl.config import ConfigError, Plan, Recipe, build, load_recipe, recipe_names
-from flowrl.samplers import SCHEDULES
+from flowrl.reward_models.base import find_reward
+from flowrl.train.balancing import Balancing
 from flowrl.train.objectives import OBJECTIVES
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipes_that_ship_are_valid(name):
-    """Every shipped recipe loads, its objective and schedule can be built, and its arithmetic works for one process."""
+def test_recipes_that_ship_are_valid(name, capsys):
+    """Its first line says what it is, its second how to start it; `flowrl plan` works it out for as many processes.
+
+    Its rewards exist and have the options that it sets, and its way of balancing goes with its objective.
+    """
+    first, second, *_ = files("flowrl.train.recipes").joinpath(f"{name}.yaml").read_text().splitlines()
+    assert first.startswith("# ") and first.endswith(".")
+    command = re.fullmatch(rf"# (?:accelerate launch --num_processes (\d+) -m flowrl.cli|flowrl) train {name}(?: .*)?", second)
+    assert command, second
+    processes = command[1] or "1"
+    assert main(["plan", name, "--processes", processes]) == 0
+    assert re.search(rf"^processes +{processes}$", capsys.readouterr().out, re.MULTILINE)
     recipe = load_recipe(name)
-    assert build(recipe.objective, OBJECTIVES, "objective")
-    Plan(recipe, 1, len(build(recipe.steps, SCHEDULES, "steps").steps(recipe.num_inference_steps, 0, 0))).check()
+    assert recipe.output_dir == f"runs/{name}"
+    assert recipe.data is not None or recipe.rewards
+    for reward, options in used_rewards({**recipe.rewards, **recipe.eval_rewards}):
+        made, implied = find_reward(reward)
+        known = inspect.signature(made).parameters if inspect.isclass(made) else {}
+        assert not set(options) - set(known), reward
+        assert not [p for p in known.values() if p.default is p.empty and p.name not in {*options, *implied}], reward
+    Balancing.of(recipe, build(recipe.objective, OBJECTIVES, "objective"), dict.fromkeys(recipe.rewards, 1.0))
+
+
+def used_rewards(section):
+    """(name, options) of every reward of a recipe's section, those inside others too."""
+    for label, value in section.items():
+        options = {k: v for k, v in value.items() if k not in ("weight", "shape")} if isinstance(value, dict) else {}
+        name = options.pop("name", label)
+        yield name, options
+        for inner in (options[key] for key in ("of", "by") if key in options):
+            yield from used_rewards({inner: 1.0} if isinstance(inner, str) else {inner["name"]: inner})
+
+
+@cache
+def shipped() -> list[Recipe]:
+    return [load_recipe(name) for name in recipe_names()]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_a_small_and_a_large_recipe(name):
+    """One on the embedded model and one on a model that has to be downloaded."""
+    models = {recipe.model for recipe in shipped() if recipe.objective["name"] == name}
+    assert "tiny-sd3" in models and any("/" in model for model in models)
 
 
 def test_every_option_is_documented():

@@ -173,6 +173,15 @@ def learns_from_data(needs: Needs) -> bool:
     return needs.points == "noised" and not (needs.maps or needs.process or needs.differentiable)
 
 
+def rows_of(source: str, needs: Needs) -> int:
+    """Rows of an item, as far as can be told without reading the data, which need not be there yet: 2 of pairs, else 1."""
+    place, options = parsed(source)
+    if place in EMBEDDED:
+        return 2 if EMBEDDED[place] else 1
+    pairs = needs.unit != "sample" or options or Path(place).suffix in (".jsonl", ".parquet")
+    return 2 if pairs or (Path(place) / "chosen").is_dir() or (Path(place) / "samples").is_dir() else 1
+
+
 def takers() -> str:
     """The objectives, as they are by default, that take data."""
     from flowrl.train.objectives import OBJECTIVES

@@ -109,9 +109,7 @@ class Trainer:
         self.folder = Path(recipe.output_dir)
         self.accelerator = Accelerator(log_with=trackers(recipe.report_to) or None, project_dir=self.folder / "tracker")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = recipe.num_generations if self.data is None else self.data.rows
-        points = self.times.count if self.objective.needs.points == "noised" else len(trained)
-        self.plan = Plan(recipe, self.world, points, size, self.objective.needs.unit != "sample").check()
+        self.plan = plan_of(recipe, self.objective, trained, self.world, None if self.data is None else self.data.rows)
         self.checkpoint = record.find_checkpoint(recipe)
         self.changed = record.check_resumable(self.checkpoint, recipe) if self.checkpoint else []
         if policy is None:
@@ -722,6 +720,13 @@ def parts(recipe: Recipe) -> tuple[Any, Transition, Any, list[int]]:
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
     return objective, transition, schedule, trained
+
+
+def plan_of(recipe: Recipe, objective: Any, trained: Sequence[int], processes: int, rows: int | None = None) -> Plan:
+    """The arithmetic of a run, from what `parts` gave. rows: of an item of data. Raises ConfigError if it does not work out."""
+    noised = objective.needs.points == "noised"
+    points = build(recipe.times, TIMES, "times").count if noised else len(trained)
+    return Plan(recipe, processes, points, rows, objective.needs.unit != "sample").check()
 
 
 def _rewards(

@@ -107,13 +107,15 @@ def run_train_reward(arguments: argparse.Namespace) -> int:
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    from flowrl.config import Plan, load_recipe
+    from flowrl.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from flowrl.train.trainer import parts
+    from flowrl.train.offline import rows_of
+    from flowrl.train.trainer import parts, plan_of
 
-    *_, trained = parts(recipe)
-    rows = Plan(recipe, arguments.processes, len(trained)).check().table()
+    objective, _, _, trained = parts(recipe)
+    rows_each = rows_of(recipe.data, objective.needs) if recipe.data else None
+    rows = plan_of(recipe, objective, trained, arguments.processes, rows_each).table()
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
     return 0
