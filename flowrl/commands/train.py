@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument("--processes", type=positive, default=1, help="processes that will train (default 1)")
 
-    command(commands, "recipes", run_recipes, "list the recipes that ship")
+    command(commands, "recipes", run_recipes, "list the recipes that ship: the quick start, the embedded model, large models")
 
 
 def train_help() -> str:
@@ -129,7 +129,7 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 
     for verb, package in (("train", "flowrl.train.recipes"), ("train-reward", RECIPES)):
         print(f"flowrl {verb}")
-        for name in recipe_names(package):
+        for name in sorted(recipe_names(package), key=lambda name: (name != "quickstart", not name.startswith("tiny-"), name)):
             first = files(package).joinpath(f"{name}.yaml").read_text().splitlines()[0]
             print(f"  {name:<24} {first.lstrip('# ')}")
     return 0
