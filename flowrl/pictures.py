@@ -14,7 +14,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -163,6 +163,30 @@ def reduced(picture: Image.Image | Sequence[Image.Image]) -> Any:
         return [reduced(frame) for frame in picture]
     scale = 320 / min(picture.size)
     return picture if scale >= 1 else _fitted(picture, round(picture.width * scale), round(picture.height * scale))
+
+
+def sheet_files(
+    file: Path,
+    rows: Sequence[str],
+    columns: Sequence[tuple[str, str]],
+    place: Callable[[int, int], Cell],
+    height: int,
+    note: str = "",
+) -> Iterator[tuple[Path, bytes]]:
+    """A sheet as PNG files: `file`, or FILE-1.png, FILE-2.png, ... where one would be too tall. Those of an earlier sheet go.
+
+    place: the cell at (row, column), asked for page by page. height: of a picture, in pixels. The rest as for `contact_sheet`.
+    """
+    stem = f"{file.stem}-"
+    for old in [file, *file.parent.glob(f"*{file.suffix}")]:
+        if old == file or (old.stem.startswith(stem) and old.stem.removeprefix(stem).isdecimal()):
+            old.unlink(missing_ok=True)
+    pages = sheet_pages(len(rows), height)
+    for number, page in enumerate(pages, 1):
+        numbers = range(len(rows))[page]
+        cells = [[place(r, c) for c in range(len(columns))] for r in numbers]
+        sheet = contact_sheet([rows[r] for r in numbers], columns, cells, note)
+        yield file if len(pages) == 1 else file.with_name(f"{stem}{number}{file.suffix}"), picture_bytes(sheet, {})
 
 
 def sheet_pages(rows: int, height: int) -> list[slice]:

@@ -36,13 +36,12 @@ from flowrl.pictures import (
     FRAME_MS,
     PARAMETERS,
     Cell,
-    contact_sheet,
     file_stem,
     picture_bytes,
     read_facts,
     read_frames,
     reduced,
-    sheet_pages,
+    sheet_files,
     slug,
 )
 from flowrl.policy import DTYPES, Policy
@@ -609,17 +608,13 @@ def write_sheets(out: Path, items: Sequence[Item], rows: Mapping[Path, dict[str,
         return Cell(reduced(read_frames(item.file, facts["num_frames"])), "  ".join(shown))
 
     written = []
-    pages = sheet_pages(len(places), facts["height"])
-    for old in [out / "grid.png", *(file for file in out.glob("grid-*.png") if file.stem.removeprefix("grid-").isdecimal())]:
-        old.unlink(missing_ok=True)
-    for number, page in enumerate(pages, 1):
-        part = list(places.items())[page]
-        cells = [[cell(row.get(column)) for column in columns] for _, row in part]
-        names = [(label, f"seed {seed}") for label, seed in columns]
-        sheet = contact_sheet([text for (text, _), _ in part], names, cells, note)
-        file = out / ("grid.png" if len(pages) == 1 else f"grid-{number}.png")
+    lines = list(places.items())
+    names = [(label, f"seed {seed}") for label, seed in columns]
+    texts = [text for (text, _), _ in lines]
+    drawn = sheet_files(out / "grid.png", texts, names, lambda r, c: cell(lines[r][1].get(columns[c])), facts["height"], note)
+    for file, content in drawn:
         with writing(file), unfinished(out) as temporary:
-            (temporary / file.name).write_bytes(picture_bytes(sheet, {}))
+            (temporary / file.name).write_bytes(content)
             move(temporary / file.name, file)
         written.append(file)
     return written
