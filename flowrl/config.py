@@ -134,6 +134,9 @@ class Recipe:
         {"name": "none"}, "Several rewards: balance their gradients, not their values (marble, ...); none adds advantages up."
     )
     prompts_per_step: int = option(16, "Prompts per training step, over all processes.")
+    prompts_by: str | None = option(
+        None, "Take as many prompts of every value of this column (kind, say) in each step; by default all prompts alike."
+    )
     num_generations: int = option(8, "Samples per prompt: the group that advantages are relative to.")
     updates_per_step: int = option(1, "Optimiser updates per training step; the samples are split between them.")
     batch_size: int = option(32, "Samples per denoiser call, per process, in rollout and update.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -64,6 +64,25 @@ def prompt_order(num_prompts: int, count: int, step: int, seed: int) -> list[int
     epoch, position = divmod(step, per_epoch)
     permutation = np.random.default_rng([seed, epoch]).permutation(num_prompts)
     return [int(i) for i in permutation[position * count : (position + 1) * count]]
+
+
+def even_order(kinds: Sequence[Hashable], count: int, step: int, seed: int) -> list[int]:
+    """The same with as many prompts of every kind in each step, or one more of some, in turn. kinds: one value per prompt.
+
+    Each kind has epochs of its own, so that prompts of a rare kind come oftener than others.
+    """
+    places: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(i)
+    each, more = divmod(count, len(places))
+    order = []
+    for k, (kind, rows) in enumerate(places.items()):
+        most = each + (more > 0)
+        if most > len(rows):
+            raise ValueError(f"prompts_per_step={count} wants {most} prompts of kind {kind!r} in a step, and there are {len(rows)}")
+        mine = each + ((k - step * more) % len(places) < more)
+        order += [rows[i] for i in prompt_order(len(rows), most, step, sample_seed(seed, k))[:mine]] if most else []
+    return order
 
 
 def sample_seed(*numbers: int) -> int:

@@ -127,6 +127,7 @@ def test_help_lists_commands_and_options():
         (["batch_size=3"], "use 1, 2, 4"),
         (["updates_per_step=3"], "prompts_per_step=2 does not divide over 1 process(es) x updates_per_step=3; use 3"),
         (["prompts_per_step=5"], "prompts_per_step=5 exceeds the 4 prompts of"),
+        (["prompts_by=colour"], "prompts_by=colour: no prompt has this column; columns: none"),
         (["prompts={tmp}/nowhere.txt"], "no prompt file at {tmp}/nowhere.txt"),
         (["prompts={tmp}/empty.txt"], "{tmp}/empty.txt has no prompts in it"),
         (["prompts={tmp}/broken.jsonl"], "{tmp}/broken.jsonl, line 2: not valid JSON"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
 from flowrl.batch import Prompt
-from flowrl.data import EMBEDDED, load_prompts, prompt_order, sample_seed
+from flowrl.data import EMBEDDED, even_order, load_prompts, prompt_order, sample_seed
 
 
 def test_text_files(tmp_path):
@@ -29,7 +30,7 @@ def test_lists_and_embedded_sets():
     assert load_prompts(["a", Prompt("b", {"k": 1})]) == [Prompt("a"), Prompt("b", {"k": 1})]
     for name in EMBEDDED:
         prompts = load_prompts(name)
-        assert len({prompt.text for prompt in prompts}) == len(prompts) > 100
+        assert len({prompt.text for prompt in prompts}) == len(prompts) > 90
         assert all("include" in prompt.columns for prompt in prompts)
 
 
@@ -83,6 +84,23 @@ def test_the_order_remembers_nothing():
     assert asked_alone == [10, 39, 12, 13, 45, 11, 43, 8]
     with pytest.raises(ValueError, match="prompts_per_step=9 exceeds the 8 prompts"):
         prompt_order(8, 9, 0, 0)
+
+
+def test_kinds_come_evenly():
+    """30 prompts of a, 4 of b, 10 of c; 7 a step: two of each kind, and one more of each in turn. None twice in a step."""
+    kinds = ["a"] * 30 + ["b"] * 4 + ["c"] * 10
+    steps = [even_order(kinds, 7, step, 0) for step in range(30)]
+    counts = [Counter(kinds[i] for i in order) for order in steps]
+    assert all(sorted(count.values()) == [2, 2, 3] for count in counts)
+    assert [max(count, key=count.get) for count in counts[:3]] == ["a", "b", "c"]
+    assert all(len(set(order)) == 7 for order in steps)
+    assert {i for order in steps for i in order} == set(range(44))
+    assert steps[11] == even_order(kinds, 7, 11, 0) != even_order(kinds, 7, 11, 1)
+    assert [Counter(kinds[i] for i in even_order(kinds, 2, step, 0)) for step in range(3)] == [
+        {"a": 1, "b": 1}, {"c": 1, "a": 1}, {"b": 1, "c": 1}
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="prompts_per_step=13 wants 5 prompts of kind 'b' in a step, and there are 4"):
+        even_order(kinds, 13, 0, 0)
 
 
 def test_seeds_of_neighbours_are_unrelated():

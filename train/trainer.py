@@ -24,7 +24,7 @@ from torch import Tensor
 from flowrl import record
 from flowrl.batch import Noised, Prompt, Samples, Step, concatenate
 from flowrl.config import ConfigError, Plan, Recipe, build, unknown
-from flowrl.data import generators, load_prompts, prompt_order, sample_seed
+from flowrl.data import even_order, generators, load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
 from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.references import attach, references_of
@@ -105,6 +105,10 @@ class Trainer:
                 f"prompts_per_step={recipe.prompts_per_step} exceeds the {len(self.prompts)} prompts of "
                 f"{recipe.data or recipe.prompts}"
             )
+        if recipe.prompts_by is not None and not any(recipe.prompts_by in prompt.columns for prompt in self.prompts):
+            known = ", ".join(sorted({name for prompt in self.prompts for name in prompt.columns})) or "none"
+            raise ConfigError(f"prompts_by={recipe.prompts_by}: no prompt has this column; columns: {known}")
+        self._order(0)  # says so now if there are too few of a kind
 
         self.folder = Path(recipe.output_dir)
         self.accelerator = Accelerator(log_with=trackers(recipe.report_to) or None, project_dir=self.folder / "tracker")
@@ -355,7 +359,11 @@ class Trainer:
         return batches, concatenate(batches), torch.cat([advantage for _, advantage in parts])
 
     def _order(self, step: int) -> list[int]:
-        return prompt_order(len(self.prompts), self.recipe.prompts_per_step, step, self.recipe.seed)
+        recipe, column = self.recipe, self.recipe.prompts_by
+        if column is None:
+            return prompt_order(len(self.prompts), recipe.prompts_per_step, step, recipe.seed)
+        kinds = [str(prompt.columns.get(column)) for prompt in self.prompts]
+        return even_order(kinds, recipe.prompts_per_step, step, recipe.seed)
 
     def _places(self, size: int) -> list[list[int]]:
         """This process's positions among the step's prompts, batch by batch, ordered by update; each stands for `size` rows."""
