@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .render import render
-from .scenes import BACKGROUND, COLORS, SHAPES, Object, Scene
+from .scenes import BACKGROUND, COLORS, SHAPES, Object, Scene, pick
 
 FRAMES = 9  #: Of a clip: the first, and two times four, as a video autoencoder that shortens by 4 wants it.
 SIDE = 48  #: Frames are SIDE x SIDE pixels.
@@ -146,11 +146,9 @@ def split(name: str) -> list[Spec]:
     return list(_splits()[name])
 
 
-def random_spec(rng: np.random.Generator, split_name: str = "train", weights: dict[str, float] | None = None) -> Spec:
+def random_spec(rng: np.random.Generator, split: str = "train", weights: dict[str, float] | None = None) -> Spec:
     """One spec: the kind by `weights` (default: uniform over the kinds), then uniform within the kind."""
-    w = np.array([1.0 if weights is None else weights.get(kind, 0.0) for kind in KINDS])
-    specs = _by_kind(split_name)[KINDS[rng.choice(len(KINDS), p=w / w.sum())]]
-    return specs[rng.integers(len(specs))]
+    return pick(rng, _by_kind(split), weights)
 
 
 @cache

@@ -139,8 +139,14 @@ def _by_kind(name: str) -> dict[str, list[Spec]]:
 
 def random_spec(rng: np.random.Generator, split: str = "train", weights: dict[str, float] | None = None) -> Spec:
     """One spec: the kind by `weights` (default: uniform over the six kinds), then uniform within the kind."""
-    w = np.array([1.0 if weights is None else weights.get(kind, 0.0) for kind in KINDS])
-    specs = _by_kind(split)[KINDS[rng.choice(len(KINDS), p=w / w.sum())]]
+    return pick(rng, _by_kind(split), weights)
+
+
+def pick(rng: np.random.Generator, by_kind: dict[str, list[Spec]], weights: dict[str, float] | None) -> Spec:
+    """One of the specs of each kind: the kind by `weights` (default: uniform), then uniform within the kind."""
+    kinds = list(by_kind)
+    w = np.array([1.0 if weights is None else weights.get(kind, 0.0) for kind in kinds])
+    specs = by_kind[kinds[rng.choice(len(kinds), p=w / w.sum())]]
     return specs[rng.integers(len(specs))]
 
 
