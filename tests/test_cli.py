@@ -363,10 +363,10 @@ def test_train_eval_gallery_and_sample(tmp_path, recipe, model, prompts, own_rew
     done = run(argv, tmp_path / "log")
     assert done.code == 0, done.err
     assert "95 % interval" in done.out and "own_rewards.red" in done.out
-    tuned, base = json.loads(Path("deep/e.json").read_text())
+    tuned, base = json.loads(Path("deep/e.json").read_text())["results"]
     assert len(tuned["samples"]) == len(base["samples"]) == 8
     assert [row["seed"] for row in tuned["samples"]] == [row["seed"] for row in base["samples"]]
-    assert [row["brightness"] for row in tuned["samples"]] != [row["brightness"] for row in base["samples"]]
+    assert [row["rewards"] for row in tuned["samples"]] != [row["rewards"] for row in base["samples"]]
 
     argv = ["gallery", model, "run", f"{model}+run@0.5", "--rewards", "brightness", "--out", "pages/g", *sampling]
     done = run(argv, tmp_path / "log")

@@ -105,7 +105,7 @@ def test_json_is_json():
     """NaN is null: `NaN` is not JSON, and other readers refuse it."""
     facts = json.loads(json.dumps(made([[1.0], [math.nan]]).to_json(), allow_nan=False))
     assert facts["means"]["r"] == {"all": 1.0, "a": 1.0, "b": None}
-    assert [row["r"] for row in facts["samples"]] == [1.0, None]
+    assert [row["rewards"]["r"] for row in facts["samples"]] == [1.0, None]
     assert facts["protocol"]["num_inference_steps"] == 2
 
 

@@ -98,40 +98,56 @@ def open_model(model: str, arguments: argparse.Namespace) -> Any:
     return Source.parse(model).open(arguments.dtype, device, **size)
 
 
-def protocol(arguments: argparse.Namespace, policy: Any) -> Any:
+def protocol(arguments: argparse.Namespace, call: dict[str, Any]) -> Any:
+    """What the arguments say, and otherwise the defaults of a model's call."""
     from flowrl.evaluate import Protocol
 
-    steps = arguments.steps or policy.call.get("num_inference_steps", 28)
-    guidance = arguments.guidance if arguments.guidance is not None else policy.call.get("guidance_scale")
-    return Protocol(str(arguments.prompt_file), steps, guidance, arguments.seeds, arguments.seed)
+    steps = arguments.steps or call.get("num_inference_steps", 28)
+    guidance = arguments.guidance if arguments.guidance is not None else call.get("guidance_scale")
+    return Protocol(str(arguments.prompt_file), steps, guidance, arguments.seeds, arguments.seed, dtype=arguments.dtype)
+
+
+def is_averaged(model: str) -> bool | None:
+    """Whether a model's weights are averages, as those of runs and checkpoints are; None for other models."""
+    from flowrl.sources import Source
+
+    source = Source.parse(model)
+    places = [Path(source.model), *(Path(path) for path, _ in source.loras)]
+    ours = any((place / "recipe.yaml").is_file() or (place / "training_state").is_dir() for place in places)
+    return True if ours else None
 
 
 def evaluate_models(
     models: list[str], arguments: argparse.Namespace, keep_images: bool = False, limit: int | None = None
 ) -> list[Any]:
     """Every model under the protocol of the first one's defaults."""
-    from flowrl.evaluate import evaluate
     from flowrl.reward_models import load_reward
     from flowrl.reward_models.base import short_labels
-    from flowrl.sources import Source
 
     prompts = spread(read_prompts(arguments.prompt_file), limit)
-    rewards = {label: load_reward(name) for name, label in short_labels(arguments.rewards).items()}
+    specs = short_labels(arguments.rewards)
+    rewards = {label: load_reward(name) for name, label in specs.items()}
     results, shared = [], None
     for model in models:
         policy = open_model(model, arguments)
-        shared = shared or protocol(arguments, policy)
-        name = Source.parse(model).label
-        results.append(
-            evaluate(
-                policy,
-                prompts,
-                rewards,
-                shared,
-                name=name,
-                batch_size=arguments.batch_size,
-                keep_images=keep_images,
-                progress=True,
-            )
-        )
+        shared = shared or protocol(arguments, policy.call)
+        results.append(evaluate_model(model, policy, prompts, rewards, shared, arguments.batch_size, keep_images=keep_images))
     return results
+
+
+def evaluate_model(
+    model: str, policy: Any, prompts: list[Any], rewards: dict[str, Any], shared: Any, batch_size: int, **options: Any
+) -> Any:
+    """One model that is open, as its pictures look in files. options: of `flowrl.evaluate.evaluate`."""
+    from dataclasses import replace
+
+    from flowrl.evaluate import evaluate
+    from flowrl.sources import Source
+
+    source = Source.parse(model)
+    shared = replace(shared, ema=is_averaged(model))
+    result = evaluate(
+        policy, prompts, rewards, shared, name=source.label, batch_size=batch_size, progress=True, rounded=True, **options
+    )
+    result.weights = source.digest()
+    return result

@@ -1,0 +1,220 @@
+"""VBench, arXiv 2311.17982, github.com/Vchitect/VBench (prompts/README, evaluate.sh, vbench/*.py and scripts/ read)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowrl.batch import Prompt
+from flowrl.evaluate import Evaluation
+from flowrl.layouts.base import Layout, Results, Row, file_name, placing, score_of
+
+#: The prompt suite, and so the folder, of each dimension.
+SUITES = {
+    "subject_consistency": "subject_consistency",
+    "background_consistency": "scene",
+    "temporal_flickering": "temporal_flickering",
+    "motion_smoothness": "subject_consistency",
+    "dynamic_degree": "subject_consistency",
+    "aesthetic_quality": "overall_consistency",
+    "imaging_quality": "overall_consistency",
+    "object_class": "object_class",
+    "multiple_objects": "multiple_objects",
+    "human_action": "human_action",
+    "color": "color",
+    "spatial_relationship": "spatial_relationship",
+    "scene": "scene",
+    "appearance_style": "appearance_style",
+    "temporal_style": "temporal_style",
+    "overall_consistency": "overall_consistency",
+}
+#: Weight, and the values that count as 0 and as 1, of the dimensions of quality and of meaning in the total score.
+QUALITY = {
+    "subject_consistency": (1.0, 0.1462, 1.0),
+    "background_consistency": (1.0, 0.2615, 1.0),
+    "temporal_flickering": (1.0, 0.6293, 1.0),
+    "motion_smoothness": (1.0, 0.706, 0.9975),
+    "aesthetic_quality": (1.0, 0.0, 1.0),
+    "imaging_quality": (1.0, 0.0, 1.0),
+    "dynamic_degree": (0.5, 0.0, 1.0),
+}
+SEMANTIC = {
+    "object_class": (1.0, 0.0, 1.0),
+    "multiple_objects": (1.0, 0.0, 1.0),
+    "human_action": (1.0, 0.0, 1.0),
+    "color": (1.0, 0.0, 1.0),
+    "spatial_relationship": (1.0, 0.0, 1.0),
+    "scene": (1.0, 0.0, 0.8222),
+    "appearance_style": (1.0, 0.0009, 0.2855),
+    "temporal_style": (1.0, 0.0, 0.364),
+    "overall_consistency": (1.0, 0.0, 0.364),
+}
+
+
+class VBench(Layout):
+    """OUT/MODEL/SUITE/PROMPT-0.mp4 ...; results: NAME_eval_results.json, of one dimension or of several.
+
+    A suite serves up to three dimensions. Its standard mode reads five clips of a prompt, of every suite; its README wants 25 of
+    temporal_flickering. Clips in which a scorer finds nothing to score are missing from its results: they abstain.
+    """
+
+    name, count, whole = "vbench", 5, False
+
+    def prompts(self, path: Path) -> list[Prompt]:
+        """VBench_full_info.json, SUITE.txt, or the folder prompts/prompts_per_dimension."""
+        if path.suffix == ".json":
+            return self._of_info(path)
+        suites = dict.fromkeys(SUITES.values())
+        files = [f for suite in suites if (f := path / f"{suite}.txt").is_file()] if path.is_dir() else [path]
+        if not files or any(file.stem not in suites or not file.is_file() for file in files):
+            raise ValueError(
+                f"vbench: {path} is neither VBench_full_info.json, SUITE.txt nor a folder of them ({', '.join(suites)})"
+            )
+        return [
+            Prompt(line.strip(), {"kind": file.stem})
+            for file in files
+            for line in file.read_text(encoding="utf-8").split("\n")
+            if line.strip()
+        ]
+
+    def _of_info(self, path: Path) -> list[Prompt]:
+        entries = read_json(path)
+        prompts = []
+        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+            try:
+                suite = next(SUITES[name] for name in entry["dimension"])
+                prompts.append(Prompt(entry["prompt_en"].strip(), {"kind": suite}))
+            except (KeyError, TypeError, AttributeError, StopIteration):
+                raise ValueError(f'{path}, entry {number}: wants "prompt_en" and "dimension", of those that VBench has') from None
+        return list({(prompt.text, prompt.columns["kind"]): prompt for prompt in prompts}.values())
+
+    def keys(self, prompts: Sequence[Prompt]) -> list[str]:
+        for number, prompt in enumerate(prompts, 1):
+            if prompt.columns.get("kind") not in SUITES.values():
+                raise ValueError(
+                    f"vbench: prompt {number}, {prompt.text!r}, is of no suite ({', '.join(dict.fromkeys(SUITES.values()))}): "
+                    "take --prompts vbench:prompts/prompts_per_dimension"
+                )
+        return [f"{prompt.columns['kind']}/{prompt.text}" for prompt in prompts]
+
+    def root(self, out: Path, model: str, prompts: Sequence[Prompt]) -> Path:
+        return out / model
+
+    def places(self, root: Path, prompts: Sequence[Prompt], seeds: int) -> list[list[Path]]:
+        self.keys(prompts)
+        places = []
+        for prompt in prompts:
+            names = [file_name(prompt.text, f"{prompt.text}-{j}.mp4", self.name) for j in range(seeds)]
+            places.append([root / prompt.columns["kind"] / name for name in names])
+        return places
+
+    def write(self, prompt: Prompt, sources: Sequence[Path], places: Sequence[Path]) -> None:
+        for source, place in zip(sources, places, strict=True):
+            with placing(place) as file:
+                write_mp4(source, file)
+
+    def read(self, place: Path, index: int, seeds: int) -> Any:
+        with video_library().open(str(place)) as container:
+            return [frame.to_image() for frame in container.decode(video=0)]
+
+    def files(self, path: Path) -> list[Path]:
+        return sorted(path.rglob("*_eval_results.json")) if path.is_dir() else [path]
+
+    def results(self, path: Path, seeds: int | None) -> Results:
+        """NAME_eval_results.json, or a folder of them."""
+        found: dict[tuple[str, int], Row] = {}
+        summary: dict[str, float] = {}
+        for file in self.files(path):
+            for dimension, value in read_dimensions(file):
+                summary[dimension] = score_of(value[0], f"{file}, {dimension}")
+                for number, entry in enumerate(value[1], 1):
+                    where = f"{file}, {dimension}, clip {number}"
+                    if not isinstance(entry, dict) or not {"video_path", "video_results"} <= set(entry):
+                        raise ValueError(f"{where}: wants video_path and video_results")
+                    name = re.fullmatch(r"(.+)-(\d+)", Path(entry["video_path"]).stem)
+                    if name is None:
+                        raise ValueError(f"{where}: {entry['video_path']} is not named PROMPT-0.mp4 or its like")
+                    folder = Path(entry["video_path"]).parent.name
+                    suite = folder if folder in SUITES.values() else SUITES[dimension]
+                    key, index = f"{suite}/{name[1]}", int(name[2])
+                    row = found.setdefault(
+                        (key, index), Row(where, key, index, {}, Prompt(name[1], {"kind": suite}), entry["video_path"])
+                    )
+                    if dimension in row.scores:
+                        raise ValueError(f"{where}: {entry['video_path']} has a score of {dimension} already")
+                    scale = 100 if dimension == "imaging_quality" else 1  # of clips in percent, of all of them not
+                    row.scores[dimension] = score_of(entry["video_results"], where) / scale
+        return Results(list(found.values()), {**summary, **totals(summary)})
+
+    def command(self, root: Path, evaluation: Evaluation) -> str:
+        return f"python evaluate.py --videos_path {root}/SUITE --dimension DIMENSION (evaluate.sh names the suites)"
+
+
+def totals(values: dict[str, float]) -> dict[str, float]:
+    """Quality, semantic and total score of all 16 dimensions; nothing where one is missing."""
+    if not set(SUITES) <= set(values):
+        return {}
+
+    def weighted(dimensions: dict[str, tuple[float, float, float]]) -> float:
+        parts = [weight * (values[name] - low) / (high - low) for name, (weight, low, high) in dimensions.items()]
+        return sum(parts) / sum(weight for weight, _, _ in dimensions.values())
+
+    quality, semantic = weighted(QUALITY), weighted(SEMANTIC)
+    return {"quality score": quality, "semantic score": semantic, "total score": (4 * quality + semantic) / 5}
+
+
+def read_dimensions(file: Path) -> list[tuple[str, list[Any]]]:
+    """(dimension, [overall, clips]) of a result file. Raises ValueError with file and dimension."""
+    data = read_json(file)
+    if not isinstance(data, dict) or not data:
+        raise ValueError(f"{file} is no result file of VBench: it wants {{DIMENSION: [overall, [clips]]}}")
+    for dimension, value in data.items():
+        if dimension not in SUITES:
+            raise ValueError(f"{file}: {dimension!r} is no dimension of VBench")
+        if not isinstance(value, list) or len(value) < 2 or not isinstance(value[1], list):
+            raise ValueError(f"{file}, {dimension}: wants [overall, [clips]]")
+    return list(data.items())
+
+
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+
+
+def video_library() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ValueError("mp4 wants the package av: pip install flowrl-diffusion[video]") from None
+    return av
+
+
+def write_mp4(source: Path, place: Path) -> None:
+    """A clip of `flowrl sample` (an animated PNG) as H.264, near to lossless, at its own frame rate."""
+    from fractions import Fraction
+
+    from PIL import Image
+
+    from flowrl.pictures import read_facts, read_frames
+
+    facts = read_facts(source)["resolved"]
+    frames = read_frames(source, facts.get("num_frames") or None)
+    if not isinstance(frames, list):
+        raise ValueError(f"vbench wants clips, and {source} is a picture: draw with a video model")
+    with Image.open(source) as image:
+        rate = Fraction(1000 / float(image.info.get("duration") or 125)).limit_denominator(1000)
+    av = video_library()
+    with av.open(str(place), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream.width, stream.height = (side - side % 2 for side in frames[0].size)  # 4:2:0 has half as many colours
+        stream.pix_fmt = "yuv420p"
+        for picture in frames:
+            for packet in stream.encode(av.VideoFrame.from_image(picture.crop((0, 0, stream.width, stream.height)))):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
