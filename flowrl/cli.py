@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flowrl.commands import doctor, evaluate, gallery, rewards, sample, train
+from flowrl.commands import doctor, evaluate, gallery, grid, rewards, sample, train
 
 DESCRIPTION = """\
 Align image and video generators (diffusion, flow matching) with rewards.
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flowrl: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `flowrl recipes | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FLOWRL_TRACEBACK") or not is_users(error):
             raise
@@ -78,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="flowrl", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"flowrl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (train, sample, evaluate, gallery, rewards, doctor):
+    for module in (train, sample, evaluate, gallery, grid, rewards, doctor):
         module.add(commands)
     return parser
 
