@@ -94,16 +94,16 @@ class Comparison:
             tables.append(Table(f"{pair}: diversity within a prompt", header, rows))
         if self.distances:
             header = ["distance", f"{tuned.model} to {base.model}", "if they were equal", "p"]
-            rows = [[n, *(number(v, ".4f") for v in (d.value, d.equal)), number(d.p, ".2f")] for n, d in self.distances.items()]
+            rows = [[n, *(number(v, "z.4f") for v in (d.value, d.equal)), number(d.p, ".2f")] for n, d in self.distances.items()]
             tables.append(Table(f"{pair}: distance of distributions", header, rows))
         if self.reference:
             header = ["distance to the reference", base.model, tuned.model, "difference"]
-            rows = [[n, number(a, ".4f"), number(b, ".4f"), number(b - a, "+.4f")] for n, (a, b) in self.reference.items()]
+            rows = [[n, number(a, "z.4f"), number(b, "z.4f"), number(b - a, "+z.4f")] for n, (a, b) in self.reference.items()]
             tables.append(Table(f"{pair}: distance to the reference pictures", header, rows))
         shared = [name for name in tuned.summary if name in base.summary]
         if shared:
             pairs = [(name, base.summary[name], tuned.summary[name]) for name in shared]
-            rows = [[name, number(a), number(b), number(b - a, "+.3f")] for name, a, b in pairs]
+            rows = [[name, number(a), number(b), number(b - a, "+z.3f")] for name, a, b in pairs]
             tables.append(Table(f"{pair}: as the benchmark sums up", ["summary", base.model, tuned.model, "difference"], rows))
         return tables
 
@@ -146,7 +146,8 @@ def score_tables(results: Sequence[Evaluation]) -> list[Table]:
         rows = [[r.model, *(number(r.mean(n)) if n in r.rewards else "-" for n in names)] for r in results]
         tables.append(Table("mean over all prompts", ["model", *names], rows))
     for result in results:
-        tables.append(Table(result.model, *score_rows(result)))
+        if result.rewards:
+            tables.append(Table(result.model, *score_rows(result)))
         names = [*result.rewards, *result.measures]
         rows = []
         for name in names:

@@ -34,7 +34,7 @@ class Evaluation:
     """Scores of one model under a protocol. scores: (P, S, K) for P prompts, S seeds, K rewards; NaN abstains.
 
     features: (P * S, d) of the pictures. measures: (P,) of a prompt's samples together, by name. weights: a digest of the
-    model's. specs: what loads each reward, and the features, by label. summary: numbers that a benchmark of others counts by rules of its own.
+    model's. specs: what loads each reward, and the features, by label. summary: what a benchmark of others sums up itself.
     """
 
     model: str
@@ -283,7 +283,7 @@ def comparison_rows(base: Evaluation, tuned: Evaluation, reward: str) -> tuple[l
 
 
 def difference_cells(d: Difference) -> list[str]:
-    return [number(d.base), number(d.tuned), number(d.value, "+.3f"), bounds(d.low, d.high, "+.3f"), str(d.prompts)]
+    return [number(d.base), number(d.tuned), number(d.value, "+z.3f"), bounds(d.low, d.high, "+z.3f"), str(d.prompts)]
 
 
 def score_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
@@ -300,12 +300,12 @@ def score_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def number(value: float, form: str = ".3f") -> str:
+def number(value: float, form: str = "z.3f") -> str:
     """A cell; a dash where there is no number."""
     return "-" if math.isnan(value) else f"{value:{form}}"
 
 
-def bounds(low: float, high: float, form: str = ".3f") -> str:
+def bounds(low: float, high: float, form: str = "z.3f") -> str:
     """The cell of an interval; a dash where there is none."""
     return "-" if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 

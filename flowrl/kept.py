@@ -30,7 +30,9 @@ from flowrl.sample import Item, Settings, draw, is_drawn, made, plan, write_tabl
 class Kept:
     """One folder, one protocol, one or several models. Raises ConfigError before anything is drawn if the input is at fault."""
 
-    def __init__(self, out: Path, models: Sequence[str], prompts: Sequence[Prompt], protocol: Protocol, batch_size: int = 64):
+    def __init__(
+        self, out: Path, models: Sequence[str], prompts: Sequence[Prompt], protocol: Protocol, batch_size: int | None = None
+    ):
         call = dict(protocol.call)
         self.out, self.prompts, self.protocol, self.batch_size = out, list(prompts), protocol, batch_size
         self.settings = Settings(
@@ -71,6 +73,10 @@ class Kept:
         """(P, S) files of the pictures."""
         return [[item.file for item in row] for row in self._rows(model)]
 
+    def label(self, model: str) -> str:
+        """What tables call a model."""
+        return self.items[model][0].column.label
+
     def folder(self, model: str) -> str:
         """The name of a model's folder."""
         return self.items[model][0].column.folder
@@ -92,7 +98,8 @@ class Kept:
         """Scores of what is there, and the table samples.jsonl."""
         files = [item.file for item in self.items[model]]
         facts = read_facts(files[0])
-        place = iter(range(0, len(files), self.batch_size))
+        size = self.batch_size or 16
+        place = iter(range(0, len(files), size))
 
         def read(part: Sequence[tuple[Prompt, int]]) -> Samples:
             start = next(place)
@@ -100,8 +107,8 @@ class Kept:
 
         guidance = self.protocol.guidance_scale
         guidance = facts["resolved"].get("guidance_scale") if guidance is None else guidance
-        protocol, name = replace(self.protocol, guidance_scale=guidance, ema=ema), self.items[model][0].column.label
-        result = score_all(read, self.prompts, rewards, protocol, name, self.batch_size, progress=progress, features=features)
+        protocol, name = replace(self.protocol, guidance_scale=guidance, ema=ema), self.label(model)
+        result = score_all(read, self.prompts, rewards, protocol, name, size, progress=progress, features=features)
         result.weights = facts.get("weights")
         self._write_table(model, result)
         return result

@@ -35,7 +35,7 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str | None) -> None:
+def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str | None, batch_size: int | None = 64) -> None:
     group = parser.add_argument_group("sampling (always by the ODE)")
     group.add_argument(
         "--prompts",
@@ -49,7 +49,8 @@ def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str |
     group.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the model's own)")
     group.add_argument("--height", type=positive, default=None)
     group.add_argument("--width", type=positive, default=None)
-    group.add_argument("--batch-size", type=positive, default=64, help="samples per denoiser call (default 64)")
+    usual = batch_size or "by their size, 64 at most"
+    group.add_argument("--batch-size", type=positive, default=batch_size, help=f"samples per denoiser call (default {usual})")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
     group.add_argument("--device", default=None, help="cpu, cuda, ... (default: a GPU if there is one)")
 

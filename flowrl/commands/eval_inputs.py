@@ -20,13 +20,15 @@ from flowrl.commands.common import evaluate_model, is_averaged, make_folder, ope
 from flowrl.config import ConfigError
 from flowrl.evaluate import Evaluation, check_comparable, score_all
 from flowrl.kept import Kept, as_tensor, check_pictures_suffice
-from flowrl.layouts import LAYOUTS, Layout, export, find_pictures, parse, read_scores
+from flowrl.layouts import LAYOUTS, Layout, export, export_root, find_pictures, parse, read_scores
+from flowrl.pairs import load_picture
 from flowrl.policy import DEFAULTS_FILE, EMBEDDED, resolve_model
 from flowrl.protocol import Protocol, differences, digest_of, reward_version
 from flowrl.record import trained_parts
 from flowrl.reward_models import Reward, load_reward
 from flowrl.reward_models.base import short_labels, traits_of
-from flowrl.reward_models.features import embed, load_features, picture_files, read_picture
+from flowrl.reward_models.features import embed, load_features, picture_files
+from flowrl.sample import default_batch_size
 from flowrl.scorefile import find_results, is_results
 from flowrl.sources import Source
 
@@ -58,7 +60,6 @@ def gather(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> tuple[
     reference = reference_features(arguments, scoring, known)
     if target:
         arguments.pictures = arguments.pictures or target[1].with_name(f"{target[1].name}-pictures")
-        target[0].places(target[1], prompts, shared.seeds)
     for file in (arguments.out, arguments.markdown):
         if file:
             make_folder(file.parent)
@@ -182,12 +183,13 @@ def scoring_of(
         return Scoring({}, {}, None)
     pin = next((result for result in known.values() if result.specs), None)
     saved = pin.specs if pin else {}
+    quiet = arguments.export and not arguments.rewards  # pictures for the scorers of others
     if arguments.rewards:
         specs = {label: spec for spec, label in short_labels(arguments.rewards).items()}
     elif saved:
         specs = {label: spec for label, spec in saved.items() if label != "features"}
     else:
-        specs = {} if arguments.export else {name: name for name in ("tiny_strict", "tiny_dense")}
+        specs = {} if quiet else {name: name for name in ("tiny_strict", "tiny_dense")}
     rewards = {label: load_reward(spec) for label, spec in specs.items()}
     for label, reward in rewards.items():
         if "references" in traits_of(reward).needs:
@@ -201,7 +203,7 @@ def scoring_of(
         versions = Protocol(rewards={label: reward_version(rewards[label]) for label in shared})
         if found := differences(Protocol(rewards=result.protocol.rewards), versions, *shared):
             raise ConfigError(f"{text} was scored by another version ({'; '.join(found)}): score it again")
-    encoder = arguments.features or saved.get("features") or (None if known or not is_embedded(models) else "tiny_clip")
+    encoder = arguments.features or saved.get("features") or (None if known or quiet or not is_embedded(models) else "tiny_clip")
     encoder = None if encoder == "none" else encoder
     return Scoring({**specs, **({"features": encoder} if encoder else {})}, rewards, load_features(encoder) if encoder else None)
 
@@ -221,7 +223,7 @@ def reference_features(arguments: argparse.Namespace, scoring: Scoring, known: M
         encoder = load_features(spec)
     if encoder is None or not arguments.against:
         raise ConfigError("--reference measures distances of two models: give --against MODEL and --features ENCODER too")
-    return torch.cat([embed(encoder, read_picture(file)[None]) for file in files]).float()
+    return torch.cat([embed(encoder, load_picture(file)[None]) for file in files]).float()
 
 
 # ------------------------------------------------------------------------------------------------ pictures and scores
@@ -238,28 +240,41 @@ def draw(
     """Models sampled and scored, each by itself in memory; with --pictures from files, and exported from there."""
     results = {}
     kept = Kept(arguments.pictures, models, prompts, shared, arguments.batch_size) if arguments.pictures else None
+    outs: dict[str, Path] = {}
+    if kept and target:
+        layout, out = target
+        for model in models:
+            same = len(models) > 1 and layout.root(out, "model", prompts) == out  # the layout has no place for several models
+            outs[model] = out / kept.folder(model) if same else out
+            export_root(layout, outs[model], kept.label(model), prompts, shared, Source.parse(model).digest())
     for model in models:
-        if kept is None:
-            policy = open_model(model, arguments)
-            batch = arguments.batch_size
-            result = evaluate_model(model, policy, prompts, scoring.rewards, shared, batch, features=scoring.features)
-            del policy
-        else:
-            result = from_files(arguments, kept, model, scoring)
+        result = (
+            draw_in_memory(arguments, model, prompts, shared, scoring)
+            if kept is None
+            else from_files(arguments, kept, model, scoring)
+        )
         result.specs = scoring.specs
         results[model] = result
-    if target and kept:
-        layout, out = target
-        for model, result in results.items():
-            own = out / kept.folder(model) if len(models) > 1 and layout.root(out, "m", prompts) == out else out
-            root, new = export(layout, result, kept.files(model), own, progress=True)
-            print(f"{result.model}: {len(prompts)} prompts in {root} ({new} new)\n  {layout.command(root, result)}\n")
+        if kept and target:
+            root, new = export(target[0], result, kept.files(model), outs[model], progress=True)
+            print(f"{result.model}: {len(prompts)} prompts in {root} ({new} new)\n  {target[0].command(root, result)}\n")
     return results
+
+
+def draw_in_memory(
+    arguments: argparse.Namespace, model: str, prompts: Sequence[Prompt], shared: Protocol, scoring: Scoring
+) -> Evaluation:
+    policy = open_model(model, arguments)
+    size = arguments.batch_size or default_batch_size(policy)
+    try:
+        return evaluate_model(model, policy, list(prompts), scoring.rewards, shared, size, features=scoring.features)
+    except torch.OutOfMemoryError:
+        raise ConfigError(f"the device has no room for {size} pictures at once: try a smaller --batch-size") from None
 
 
 def from_files(arguments: argparse.Namespace, kept: Kept, model: str, scoring: Scoring) -> Evaluation:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    there = sum(len(row) for row in kept.files(model)) - len(kept.todo(model))
+    there = len({file for row in kept.files(model) for file in row}) - len(kept.todo(model))
     if there:
         print(f"{model}: {there} pictures are in {kept.out} already")
     kept.draw(model, device, progress=True)
@@ -272,7 +287,8 @@ def score_folder(
 ) -> Evaluation:
     """Pictures in a benchmark's layout, whoever drew them."""
     known, places = find_pictures(layout, root, prompts, arguments.seeds)
-    protocol, place = replace(known.protocol, rewards={}), iter(range(0, len(places), arguments.batch_size))
+    size, protocol = arguments.batch_size or 16, replace(known.protocol, rewards={})
+    place = iter(range(0, len(places), size))
 
     def read(part: Sequence[tuple[Prompt, int]]) -> Samples:
         start, count = next(place), len(part)
@@ -280,6 +296,6 @@ def score_folder(
         images = torch.stack([as_tensor(layout.read(file, index, protocol.seeds)) for file, index in files])
         return Samples([p for p, _ in part], [s for _, s in part], torch.arange(count), torch.zeros(count, 0), images)
 
-    size, features = arguments.batch_size, scoring.features
-    result = score_all(read, known.prompts, scoring.rewards, protocol, known.model, size, progress=True, features=features)
+    rewards, features = scoring.rewards, scoring.features
+    result = score_all(read, known.prompts, rewards, protocol, known.model, size, progress=True, features=features)
     return replace(result, seeds=known.seeds, weights=known.weights, specs=scoring.specs)

@@ -67,7 +67,7 @@ def add(commands: Any) -> None:
     kept.add_argument(
         "--export", metavar="LAYOUT:DIR", help="arrange the pictures as a benchmark's scorer wants them (kept in DIR-pictures)"
     )
-    sampling_options(evaluation, seeds=4, prompts="tiny-test")
+    sampling_options(evaluation, seeds=4, prompts="tiny-test", batch_size=None)
     evaluation.add_argument("--solver", choices=("euler", "dpmpp2m"), help="how the ODE is followed (default euler)")
     evaluation.set_defaults(**dict.fromkeys(DEFAULTS))  # what is given shows, beside a protocol that is saved
 

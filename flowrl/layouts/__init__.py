@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowrl.layouts.base import Layout, export, find_pictures, manifest_of, read_scores
+from flowrl.layouts.base import Layout, export, export_root, find_pictures, manifest_of, read_scores
 from flowrl.layouts.dpg import DPG
 from flowrl.layouts.geneval import GenEval
 from flowrl.layouts.t2icompbench import T2ICompBench
@@ -27,4 +27,4 @@ def parse(text: str) -> tuple[Layout, Path] | None:
     return (LAYOUTS[name], Path(path)) if colon and path and name in LAYOUTS else None
 
 
-__all__ = ["LAYOUTS", "Layout", "export", "find_pictures", "manifest_of", "parse", "read_scores"]
+__all__ = ["LAYOUTS", "Layout", "export", "export_root", "find_pictures", "manifest_of", "parse", "read_scores"]

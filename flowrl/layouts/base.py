@@ -117,40 +117,44 @@ def manifest_of(root: Path) -> Path:
     return root.with_name(f"{root.name}.flowrl.json")
 
 
+def export_root(
+    layout: Layout, out: Path, model: str, prompts: Sequence[Prompt], protocol: Protocol, weights: str | None
+) -> Path:
+    """The folder that an export of a model goes into. Raises ValueError where the prompts do not suit the layout, or where other
+    pictures are there: what can be told before anything is drawn."""
+    layout.keys(prompts)
+    root = layout.root(out, slug(model, 80) or "model", prompts)
+    layout.places(root, prompts, protocol.seeds)
+    manifest = manifest_of(root)
+    if manifest.is_file():
+        there = read_results(manifest)[0]
+        found = differences(there.protocol, replace(protocol, digest=digest_of(prompts)))
+        if there.weights and weights and there.weights != weights:
+            found.append(f"weights: {there.model} ({there.weights}) against {model} ({weights})")
+        if found:
+            raise ValueError(f"{root} holds pictures of another export ({'; '.join(found)}): choose another folder")
+    elif root.is_dir() and any(root.iterdir()):
+        raise ValueError(f"{root} holds other files already (no {manifest.name} beside it): choose another folder")
+    return root
+
+
 def export(
     layout: Layout, evaluation: Evaluation, sources: Sequence[Sequence[Path]], out: Path, progress: bool = False
 ) -> tuple[Path, int]:
-    """Pictures into the layout, and the evaluation beside them. sources: (P, S) files. Returns the folder and how many are new.
-
-    What an interrupted export left is kept. Raises ValueError where the prompts do not suit the layout, or where other pictures
-    are there already.
+    """Pictures into the layout, and the evaluation beside them. sources: (P, S) files. Returns the folder and how many prompts
+    are new: what an interrupted export left is kept. Raises as `export_root`.
     """
     from tqdm.auto import tqdm
 
-    prompts, seeds = evaluation.prompts, evaluation.protocol.seeds
-    layout.keys(prompts)
-    root = layout.root(out, slug(evaluation.model, 80) or "model", prompts)
-    places = layout.places(root, prompts, seeds)
-    manifest = manifest_of(root)
-    if manifest.is_file():
-        check_same(read_results(manifest)[0], evaluation, root)
-    elif root.is_dir() and any(root.iterdir()):
-        raise ValueError(f"{root} holds other files already (no {manifest.name} beside it): choose another folder")
+    prompts, protocol = evaluation.prompts, evaluation.protocol
+    root = export_root(layout, out, evaluation.model, prompts, protocol, evaluation.weights)
+    places = layout.places(root, prompts, protocol.seeds)
     root.mkdir(parents=True, exist_ok=True)
-    write_results(manifest, [evaluation], layout=layout.name)
+    write_results(manifest_of(root), [replace(evaluation, features=None)], layout=layout.name)
     todo = [i for i, files in enumerate(places) if not all(file.is_file() for file in files)]
     for i in tqdm(todo, desc=f"exporting to {root}", unit="prompt", disable=not progress, leave=False):
         layout.write(prompts[i], sources[i], places[i])
     return root, len(todo)
-
-
-def check_same(there: Evaluation, ours: Evaluation, root: Path) -> None:
-    """Raise ValueError where an earlier export was of other pictures."""
-    found = differences(there.protocol, ours.protocol)
-    if there.weights and ours.weights and there.weights != ours.weights:
-        found.append(f"weights: {there.model} ({there.weights}) against {ours.model} ({ours.weights})")
-    if found:
-        raise ValueError(f"{root} holds pictures of another export ({'; '.join(found)}): choose another folder")
 
 
 def find_pictures(
