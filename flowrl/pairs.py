@@ -16,6 +16,7 @@ import binascii
 import io
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -37,6 +38,7 @@ PAIR_COLUMNS = (
     ("pos_path", "neg_path"),
 )
 SAMPLES = "samples.jsonl"
+MAX_PIXELS = 1 << 26  #: Of a picture: one that claims more is not unpacked.
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,26 @@ def load_pairs(source: str | Path, reward: str | None = None, gap: float = 0.0) 
 
 
 def load_picture(source: Source) -> Tensor:
-    """Pixels (3, H, W), fp32 in [0, 1]. Raises ValueError when it is no picture, FileNotFoundError when there is none."""
+    """Pixels (3, H, W), fp32 in [0, 1].
+
+    Raises ValueError when it is no picture, or one of more than MAX_PIXELS; FileNotFoundError when there is none.
+    """
     if isinstance(source, Tensor):
         return source.float() / 255 if source.dtype == torch.uint8 else source.float()
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    where = str(source) if isinstance(source, Path) else "a row of the data"
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        where = str(source) if isinstance(source, Path) else "a row of the data"
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"there is no picture {where}") from None
-        raise ValueError(f"{where} is no picture: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked here
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+                pixels = np.asarray(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no picture {where}") from None
+    except Exception as error:  # Pillow raises a dozen kinds on bytes that are no picture
+        raise ValueError(f"{where} is no picture that can be read: {' '.join(str(error).split())[:200]}") from None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 

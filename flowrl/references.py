@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
 from flowrl.evaluate import prompt_seed
+from flowrl.pairs import load_picture
 from flowrl.policy import Policy
 from flowrl.reward_models.base import RewardError, load_reward, score_one
 
@@ -90,16 +90,20 @@ class Stored:
 
     def __call__(self, prompts: Sequence[Prompt], policy: Policy) -> Tensor:
         rows = {text: self._read(text) for text in dict.fromkeys(prompt.text for prompt in prompts)}
-        return torch.stack([rows[prompt.text] for prompt in prompts])
+        sizes = {picture.shape for pictures in rows.values() for picture in pictures}
+        if len(sizes) > 1:
+            found = ", ".join(sorted(f"{width} x {height}" for _, height, width in sizes))
+            raise RewardError(f"references: {self.path} has pictures of several sizes ({found}); one batch wants one")
+        return torch.stack([torch.stack(rows[prompt.text]) for prompt in prompts])
 
-    def _read(self, text: str) -> Tensor:
-        from PIL import Image
-
+    def _read(self, text: str) -> list[Tensor]:
         files = self._files.get(text, [])[: self.count]
         if len(files) < self.count:
             raise RewardError(f"references: {self.path} has {len(files)} of {self.count} pictures for {text!r}")
-        pixels = [np.array(Image.open(file).convert("RGB")) for file in files]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        try:
+            return [load_picture(file) for file in files]
+        except (ValueError, FileNotFoundError) as error:
+            raise RewardError(f"references: {error}") from None
 
 
 def references_of(section: dict[str, Any]) -> Drawn | Stored | None:

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.data import generators, sample_seed
+from flowrl.pairs import load_picture
 from flowrl.reward_models.base import Traits
-from flowrl.reward_models.features import load_features, picture_files, read_picture
+from flowrl.reward_models.features import load_features, picture_files
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class Adversarial:
             return pictures, [sample_seed(samples.seeds[i], j) for i in first for j in range(count)]
         seeds = [sample_seed(self.seed, self.updates, seed) for seed in samples.seeds]
         size = images.shape[-2:]
-        read = [read_picture(self.files[seed % len(self.files)]) for seed in seeds]
+        read = [load_picture(self.files[seed % len(self.files)]) for seed in seeds]
         return torch.stack([F.interpolate(p[None], size, mode="bilinear", antialias=True)[0] for p in read]).to(images), seeds
 
     def _remember(self, fake: Tensor, generator: torch.Generator) -> None:

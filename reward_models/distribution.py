@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowrl.batch import Samples
+from flowrl.pairs import load_picture
 from flowrl.reward_models.base import RewardError, Traits
-from flowrl.reward_models.features import PixelFeatures, embed, load_features, picture_files, read_picture
+from flowrl.reward_models.features import PixelFeatures, embed, load_features, picture_files
 from flowrl.reward_models.gaussians import Gaussian, bures_map, frechet_distance, mixture, moments, shrunk
 
 # ------------------------------------------------------------------------------------------------ set functions
@@ -144,6 +145,11 @@ class _SetReward:
         self.traits = Traits("batch", ("images", "references") if references == "samples" else ("images",))
         if Path(references).suffix in (".txt", ".jsonl") and not hasattr(self.features, "texts"):
             raise ValueError(f"{name}: references={references} are texts, and features={features} see pictures only")
+        # What is missing is found before anything is drawn.
+        if Path(references).suffix in (".txt", ".jsonl", ".safetensors") and not Path(references).is_file():
+            raise ValueError(f"{name}: references={references}: there is no such file")
+        if references != "samples" and not Path(references).is_file():
+            picture_files(references)
         self._kept: Tensor | None = None
 
     def embedded(self, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -166,7 +172,7 @@ class _SetReward:
                 texts = self.features.to(device).texts([prompt.text for prompt in load_prompts(self.references)])
                 self._kept = F.normalize(texts.float(), dim=-1).double().cpu()
             else:
-                rows = [embed(self.features, read_picture(file)[None].to(device)) for file in picture_files(self.references)]
+                rows = [embed(self.features, load_picture(file)[None].to(device)) for file in picture_files(self.references)]
                 self._kept = torch.cat(rows).double().cpu()
         return self._kept
 

@@ -121,13 +121,3 @@ def picture_files(folder: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"there are no pictures ({', '.join(_SUFFIXES)}) in {folder}")
     return files
-
-
-def read_picture(path: str | Path) -> Tensor:
-    """(3, H, W) fp32 in [0, 1]."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

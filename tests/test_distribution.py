@@ -224,7 +224,9 @@ def test_references_from_everywhere_agree(tmp_path):
     with pytest.raises(ValueError, match="see pictures only"):
         load_reward("mmd", features="pixels", references="prompts.txt")
     with pytest.raises(ValueError, match="there are no pictures"):
-        load_reward("mmd", features="pixels", references=tmp_path / "none")(samples)
+        load_reward("mmd", features="pixels", references=tmp_path / "none")
+    with pytest.raises(ValueError, match="mmd: references=none.txt: there is no such file"):
+        load_reward("mmd", references="none.txt")
 
 
 def test_moments_of_earlier_batches_are_kept_and_resumed():

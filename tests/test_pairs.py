@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -166,7 +168,6 @@ def test_bad_rows_are_named(pictures, row, message):
 def test_bad_places_are_named(pictures):
     (pictures / "empty.jsonl").write_text("\n")
     (pictures / "data.csv").write_text("a,b\n")
-    (pictures / "broken.png").write_bytes(b"\x89PNG rubbish")
     for place, message in [
         ("no.jsonl", "no preference data at"),
         ("empty.jsonl", "no pairs in it"),
@@ -174,10 +175,43 @@ def test_bad_places_are_named(pictures):
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_pairs(pictures / place)
-    with pytest.raises(ValueError, match=r"broken.png is no picture"):
-        load_picture(pictures / "broken.png")
     with pytest.raises(ValueError, match="has no chosen/"):
         load_pairs(pictures)
+
+
+def png(width: int, height: int, pixels: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file that says what it likes."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    told = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(told)
+
+
+LINES = zlib.compress(b"\0" * 8 * 25)  # of a black picture of 8 x 8
+BOMB = zlib.compress(bytes(1 << 26), 9)  # 65 kB that unpack to 64 MiB
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x89PNG rubbish", "is no picture that can be read: cannot identify"),
+        (b"", "is no picture that can be read: cannot identify"),
+        (png(8, 8, b"no zlib"), "is no picture that can be read"),
+        (png(8, 8, LINES)[:48], "is no picture that can be read"),
+        (png(8, 8, LINES, (b"zTXt", b"a\0\0" + BOMB)), "is no picture that can be read"),
+        (png(9000, 9000, BOMB), "is no picture that can be read: 9000 x 9000 pixels, more than 67,108,864"),
+        (png(60_000, 60_000, BOMB), "is no picture that can be read: Image size .* exceeds limit"),
+    ],
+)
+def test_hostile_pictures_are_named(tmp_path, data, message):
+    """Broken, cut off, or small files that claim to be gigabytes: one sentence with the file's name, whatever Pillow raises."""
+    (tmp_path / "theirs.png").write_bytes(data)
+    with pytest.raises(ValueError, match=f"theirs.png {message}"):
+        load_picture(tmp_path / "theirs.png")
+    with pytest.raises(ValueError, match="a row of the data is no picture that can be read"):
+        load_picture(data)
+    with pytest.raises(FileNotFoundError, match="there is no picture .*mine.png"):
+        load_picture(tmp_path / "mine.png")
 
 
 def test_pictures_are_the_same_from_every_source(pictures):

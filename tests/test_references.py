@@ -78,6 +78,12 @@ def test_references_from_a_folder(tmp_path, policy):
         Stored(str(tmp_path), count=2)(PROMPTS, policy)
     with pytest.raises(FileNotFoundError, match="flowrl sample"):
         Stored(str(tmp_path / "nowhere"))
+    Image.new("RGB", (4, 6)).save(tmp_path / "0.png")
+    with pytest.raises(RewardError, match=r"pictures of several sizes \(4 x 4, 4 x 6\)"):
+        Stored(str(tmp_path))(PROMPTS, policy)
+    (tmp_path / "0.png").write_bytes(b"\x89PNG rubbish")
+    with pytest.raises(RewardError, match="0.png is no picture that can be read"):
+        Stored(str(tmp_path))(PROMPTS, policy)
 
 
 class Nearness:

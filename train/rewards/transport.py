@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from flowrl.config import ConfigError
 from flowrl.data import load_prompts
+from flowrl.pairs import load_picture
 from flowrl.reward_models import EMBEDDED
-from flowrl.reward_models.features import load_backbone, read_picture
+from flowrl.reward_models.features import load_backbone
 from flowrl.reward_models.gaussians import frechet_distance, moments
 from flowrl.reward_models.transport import TransportMap, network
 from flowrl.tiny import random_spec, render, sample_scene
@@ -81,7 +82,7 @@ class Transport:
         if not all(isinstance(row.columns.get("image"), str) for row in rows):
             raise ConfigError(f'task.pairs={self.pairs}: every line wants an "image", the path of a picture')
         files = [Path(self.pairs).parent / row.columns["image"] for row in rows]
-        return self._embedded((read_picture(file) for file in files), [row.text for row in rows])
+        return self._embedded((load_picture(file) for file in files), [row.text for row in rows])
 
     @torch.no_grad()
     def _embedded(self, images: Any, prompts: list[str]) -> tuple[Tensor, Tensor, list[str]]:
