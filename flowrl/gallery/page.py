@@ -1,6 +1,6 @@
 """The comparison gallery: a static folder (index.html, images/, thumbs/) that opens from disk, without a server.
 
-Python writes the pictures and one block of JSON; `page.js` draws the page from that block, in the browser.
+Python writes the pictures and one block of JSON; the scripts beside this module draw the page from that block, in the browser.
 """
 
 from __future__ import annotations
@@ -8,25 +8,25 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import io
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from flowrl.gallery.originals import Source, write_picture
+from flowrl.pictures import FRAME_MS
 
 MARKER = '<meta name="generator" content="flowrl gallery">'  # in page.html; tells our pages from other people's
-THUMBNAIL = 512  # longer side in pixels; larger originals get a thumbnail for the grid
 OURS = {"index.html", "images", "thumbs", ".DS_Store", "Thumbs.db"}  # a folder holding anything else is not replaced
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif"}  # files that browsers show: copied unchanged
-PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
+SCRIPTS = ("base", "numbers", "state", "media", "grid", "pair", "summary", "detail", "film", "vote", "controls", "start")
+STYLES = ("page", "grid", "detail", "views", "phone")
+MOST_EXACT = 1 << 53  # whole numbers above it are no longer exact in a browser
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,29 @@ class Cell:
     model: str  #: Column. The first model seen is the base that the others are compared with.
     prompt: str  #: Row.
     seed: int  #: Pictures of one prompt and one seed stand side by side.
-    image: Image.Image | Path  #: The picture, or its file. A missing file becomes a labelled placeholder.
+    image: Source  #: The picture, the frames of a clip, or its file. A missing file becomes a labelled placeholder.
     rewards: Mapping[str, float | None]  #: Higher is better. None or NaN: the reward abstains here.
     kind: str | None = None  #: Category of the prompt, for the filter.
     details: Mapping[str, str] = field(default_factory=dict)  #: For the detail view; "command" can be copied there.
+    frame_ms: float = FRAME_MS  #: How long a clip whose frames are given shows each of them.
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a run drew at one step of its training: some of the pictures, and the mean rewards of all."""
+
+    step: int
+    cells: Sequence[Cell]
+    means: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Film:
+    """The pictures of a run over its training, step by step."""
+
+    name: str
+    frames: Iterable[Frame]
+    note: str = ""  #: What was left out, and how the pictures were drawn.
 
 
 @dataclass(frozen=True)
@@ -51,8 +70,22 @@ class Table:
     rows: list[list[str]]
 
 
-def write_gallery(out: Path, cells: Iterable[Cell], *, title: str, subtitle: str = "", tables: Sequence[Table] = ()) -> Path:
+def write_gallery(
+    out: Path,
+    cells: Iterable[Cell],
+    *,
+    title: str,
+    subtitle: str = "",
+    tables: Sequence[Table] = (),
+    films: Sequence[Film] = (),
+    checkpoints: Mapping[str, tuple[str, int]] | None = None,
+    trained: Collection[str] = (),
+    problems: Sequence[str] = (),
+) -> Path:
     """Write the gallery folder `out` and return the path of its page, out/index.html.
+
+    checkpoints: models that are states of one training, {model: (run, step)}; the page shows them as a film. trained: rewards
+    that a model was trained on; where there are any, the others are marked as held out. problems: what could not be read.
 
     Models and prompts keep the order in which they first appear; seeds are sorted. `cells` is consumed once, so a
     generator may draw pictures as it goes. The folder is written aside and then renamed: a failure leaves what was
@@ -65,7 +98,9 @@ def write_gallery(out: Path, cells: Iterable[Cell], *, title: str, subtitle: str
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as aside:
         new = Path(aside, "new")
         (new / "images").mkdir(parents=True)
-        data |= write_cells(new, cells)
+        data |= write_cells(new, cells, checkpoints or {}, set(trained))
+        data["films"] = [write_film(new, f"film{i}", film) for i, film in enumerate(films)]
+        data["problems"] = [*problems, *notes_of(data)]
         page = render(data).encode("utf-8", "xmlcharrefreplace")
         (new / "index.html").write_bytes(page)
         check_replaceable(out)  # again: drawing the cells may have taken hours
@@ -111,8 +146,10 @@ def table_data(table: Table) -> dict[str, Any]:
     return {"title": table.title, "header": table.header, "rows": table.rows}
 
 
-def write_cells(folder: Path, cells: Iterable[Cell]) -> dict[str, Any]:
-    """Write every picture under `folder`; return models, rewards and prompts as the page reads them.
+def write_cells(
+    folder: Path, cells: Iterable[Cell], checkpoints: Mapping[str, tuple[str, int]], trained: Collection[str]
+) -> dict[str, Any]:
+    """Write every picture under `folder`; return models, rewards and prompts as the page reads them, and a digest of it all.
 
     prompts: [{id, prompt, kind, sets: [{seed, cells: [one per model, or null]}]}], rewards of a cell by position.
     """
@@ -120,6 +157,7 @@ def write_cells(folder: Path, cells: Iterable[Cell]) -> dict[str, Any]:
     rewards: dict[str, int] = {}
     kinds: dict[str, str | None] = {}
     drawn: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # prompt -> seed -> model -> cell
+    digest = hashlib.sha256()
     for cell in cells:
         model = models.setdefault(cell.model, len(models))
         kind = kinds.setdefault(cell.prompt, cell.kind)
@@ -128,12 +166,9 @@ def write_cells(folder: Path, cells: Iterable[Cell]) -> dict[str, Any]:
         row = drawn.setdefault(cell.prompt, {}).setdefault(int(cell.seed), {})
         if model in row:
             raise ValueError(f"Two pictures by {cell.model!r} of prompt {cell.prompt!r}, seed {cell.seed}.")
-        values = {rewards.setdefault(name, len(rewards)): number(value, name) for name, value in cell.rewards.items()}
         name = f"{prompt_id(cell.prompt)}-s{int(cell.seed)}-m{model}-{slug(cell.model)}"
-        row[model] = write_picture(folder, name, cell.image) | {
-            "rewards": values,
-            "details": {str(key): str(value) for key, value in cell.details.items()},
-        }
+        row[model], content = write_cell(folder, name, cell, rewards)
+        digest.update(f"{name} {content}\n".encode("utf-8", "surrogatepass"))
     for row in (row for seeds in drawn.values() for row in seeds.values()):
         for picture in row.values():
             picture["rewards"] = [picture["rewards"].get(index) for index in rewards.values()]
@@ -142,11 +177,63 @@ def write_cells(folder: Path, cells: Iterable[Cell]) -> dict[str, Any]:
             "id": prompt_id(prompt),
             "prompt": prompt,
             "kind": kinds[prompt],
-            "sets": [{"seed": s, "cells": [seeds[s].get(model) for model in models.values()]} for s in sorted(seeds)],
+            "sets": [{"seed": exact(s), "cells": [seeds[s].get(model) for model in models.values()]} for s in sorted(seeds)],
         }
         for prompt, seeds in drawn.items()
     ]
-    return {"models": list(models), "rewards": list(rewards), "prompts": prompts}
+    runs = {name: {"run": run, "step": step} for name, (run, step) in checkpoints.items()}
+    return {
+        "id": digest.hexdigest()[:16],
+        "models": [{"name": name} | runs.get(name, {}) for name in models],
+        "rewards": [{"name": name, "heldOut": bool(trained) and name not in trained} for name in rewards],
+        "prompts": prompts,
+    }
+
+
+def write_cell(folder: Path, name: str, cell: Cell, rewards: dict[str, int]) -> tuple[dict[str, Any], str]:
+    """Write the picture; return the cell as the page reads it, but for its rewards {index: value}, and the picture's digest."""
+    values = {rewards.setdefault(label, len(rewards)): number(value, label) for label, value in cell.rewards.items()}
+    picture, content = write_picture(folder, name, cell.image, cell.frame_ms)
+    return picture | {"rewards": values, "details": {str(key): str(value) for key, value in cell.details.items()}}, content
+
+
+def write_film(folder: Path, name: str, film: Film) -> dict[str, Any]:
+    """Write the pictures of a film: {name, note, rewards, frames: [{step, means, cells}]}, numbers by position in rewards."""
+    rewards: dict[str, int] = {}
+    frames = []
+    for frame in film.frames:
+        for label in frame.means:
+            rewards.setdefault(label, len(rewards))
+        cells = []
+        for i, cell in enumerate(frame.cells):
+            picture, _ = write_cell(folder, f"{name}-{frame.step:06d}-{i:03d}", cell, rewards)
+            cells.append(picture | {"prompt": cell.prompt, "seed": exact(cell.seed)})
+        frames.append(
+            {"step": frame.step, "means": {label: number(mean, label) for label, mean in frame.means.items()}, "cells": cells}
+        )
+    for written in frames:
+        written["means"] = [written["means"].get(label) for label in rewards]
+        for picture in written["cells"]:
+            picture["rewards"] = [picture["rewards"].get(index) for index in rewards.values()]
+    return {"name": film.name, "note": film.note, "rewards": list(rewards), "frames": frames}
+
+
+def notes_of(data: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with single pictures, each with its place."""
+    names = [model["name"] for model in data["models"]]
+    for prompt in data["prompts"]:
+        for place in prompt["sets"]:
+            for name, cell in zip(names, place["cells"], strict=True):
+                if cell and not cell["image"]:
+                    yield f"{cell['note']} ({name}, seed {place['seed']}: {prompt['prompt']})"
+    for film in data["films"]:
+        for frame in film["frames"]:
+            yield from (f"{cell['note']} ({film['name']}, step {frame['step']})" for cell in frame["cells"] if not cell["image"])
+
+
+def exact(seed: int) -> int | str:
+    """A seed as a browser can hold it: digits where it would be rounded."""
+    return int(seed) if abs(seed) < MOST_EXACT else str(int(seed))
 
 
 def number(value: float | None, reward: str) -> float | None:
@@ -168,56 +255,15 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "model"
 
 
-def write_picture(folder: Path, name: str, source: Image.Image | Path) -> dict[str, Any]:
-    """Write the original, and a thumbnail where it is large. Returns image, thumb, width, height; or a note instead."""
-    if isinstance(source, Image.Image):
-        image, original = source, png_bytes(source)
-        suffix = ".png"
-    else:
-        try:
-            original = Path(source).read_bytes()
-            image = Image.open(io.BytesIO(original))
-            image.load()  # a truncated file is found here, not by the reader of the page
-        except FileNotFoundError:
-            return {"image": None, "note": f"Missing file: {Path(source).name}"}
-        except (OSError, SyntaxError):  # Pillow raises both for a damaged file
-            return {"image": None, "note": f"Unreadable file: {Path(source).name}"}
-        suffix = SUFFIXES.get(image.format or "", "")
-        if not suffix:
-            original, suffix = png_bytes(image), ".png"
-    path = f"images/{name}{suffix}"
-    (folder / path).write_bytes(original)
-    picture: dict[str, Any] = {"image": path, "width": image.width, "height": image.height}
-    if max(image.size) > THUMBNAIL:
-        picture["thumb"] = write_thumbnail(folder, name, image)
-    return picture
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_thumbnail(folder: Path, name: str, image: Image.Image) -> str:
-    """A JPEG whose longer side is THUMBNAIL pixels (a PNG where the picture is transparent); returns its path."""
-    opaque = image.mode in {"RGB", "L"}
-    small = ImageOps.exif_transpose(image).convert("RGB" if opaque else "RGBA")
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    path = f"thumbs/{name}.{'jpg' if opaque else 'png'}"
-    (folder / "thumbs").mkdir(exist_ok=True)
-    small.save(folder / path, quality=88)
-    return path
-
-
 def render(data: Mapping[str, Any]) -> str:
     """The page: template, style, script and data in one file. Its policy lets nothing else run and nothing load."""
-    template, css, js = (asset(f"page.{suffix}") for suffix in ("html", "css", "js"))
+    css = "\n".join(asset(f"{name}.css") for name in STYLES)
+    js = "\n".join(['"use strict";', *(asset(f"{name}.js") for name in SCRIPTS)])
     policy = "; ".join(
         [
             "default-src 'none'",
             "img-src 'self' file: data:",
+            "media-src 'self' file:",
             f"style-src '{source_hash(css)}'",
             f"script-src '{source_hash(js)}'",
         ]
@@ -229,7 +275,7 @@ def render(data: Mapping[str, Any]) -> str:
         "js": js,
         "data": embedded_json(data),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
 
 
 def asset(name: str) -> str:
