@@ -56,14 +56,12 @@ class GenEval(Layout):
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-                picture = Path(row["filename"])
-                prompt = Prompt(row["prompt"], {"kind": row["tag"]})
-                score = score_of(row["correct"], where, 0, 1)
+                picture, prompt, correct = Path(row["filename"]), Prompt(row["prompt"], {"kind": row["tag"]}), row["correct"]
                 index = int(picture.stem)
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{where}: wants filename (.../00000/samples/0000.png), tag, prompt and correct ({error})"
-                ) from None
+            except (ValueError, KeyError, TypeError) as error:
+                wanted = "filename (00000/samples/0000.png), tag, prompt and correct"
+                raise ValueError(f"{where}: wants {wanted} ({error})") from None
+            score = score_of(correct, where, 0, 1)
             rows.append(Row(where, picture.parent.parent.name, index, {"geneval": score}, prompt, str(picture)))
         return Results(rows)
 
