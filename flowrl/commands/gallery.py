@@ -80,10 +80,10 @@ def run_gallery(arguments: argparse.Namespace) -> int:
 def gather(arguments: argparse.Namespace) -> tuple[Any, list[Any], str]:
     """The pictures of all inputs, tables about them, and a line that says how they came about. Raises ConfigError."""
     from flowrl.config import ConfigError
-    from flowrl.gallery.inputs import Inputs, joined, read_input, scored
+    from flowrl.gallery.inputs import Inputs, in_order, joined, read_input, scored
 
     parts, models = [], []
-    for text in arguments.inputs:
+    for text in in_order(list(dict.fromkeys(arguments.inputs))):
         name, place = named(text)
         found = read_input(Path(place), name)
         if found is None:

@@ -84,7 +84,9 @@ def joined(parts: Sequence[tuple[Path, Inputs]]) -> Inputs:
                 continue
             taken.add(key)
             whole.cells.append(cell)
-        whole.films += part.films
+        for film in part.films:
+            others = [known.name for known in whole.films]
+            whole.films.append(film if film.name not in others else replace(film, name=f"{film.name} ({len(others) + 1})"))
         whole.problems += part.problems
         whole.columns |= part.columns
         whole.models |= {names.get(column, column): model for column, model in part.models.items()}
@@ -319,7 +321,7 @@ def caption_of(file: Path, row: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 def _from_name(stem: str) -> tuple[str, int | None]:
-    found = re.fullmatch(r"(.*[^-_ ])[-_ ]+(?:seed[-_ ]?|s)?(\d{1,18})", stem)
+    found = re.fullmatch(r"(.*?[^-_ ])[-_ ]+(?:seed[-_ ]?|s)?(\d{1,18})", stem)
     words, seed = (found[1], int(found[2])) if found else (stem, None)
     return " ".join(re.split(r"[-_\s]+", words)).strip() or stem, seed
 
@@ -337,6 +339,17 @@ def _natural(path: Path) -> list[Any]:
 
 
 # ------------------------------------------------------------------------------------------------ what is known about models
+
+
+def in_order(models: Sequence[str]) -> list[str]:
+    """The models, those checkpoints of one run that are named among them by their steps: a shell puts 100 before 50."""
+    places = {model: found for model in models if (found := re.fullmatch(r"(.*)/checkpoint-(\d+)/?", model))}
+    ordered = list(models)
+    for run in {found[1] for found in places.values()}:
+        own = [model for model in models if model in places and places[model][1] == run]
+        for at, model in zip([models.index(model) for model in own], sorted(own, key=lambda m: int(places[m][2])), strict=True):
+            ordered[at] = model
+    return ordered
 
 
 def checkpoint_of(model: str) -> tuple[str, int] | None:

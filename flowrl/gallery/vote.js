@@ -91,7 +91,9 @@ function drawVote(chosen) {
 
 function nextDuel() {
   const left = duels.filter((candidate) => !(candidate.key in ballot.votes));
-  showDuel(left.find((candidate) => !skipped.has(candidate.key)) ?? null, left.length);
+  const [next, then] = left.filter((candidate) => !skipped.has(candidate.key));
+  showDuel(next ?? null, left.length);
+  for (const cell of then?.cells ?? []) if (!cell.video) new Image().src = cell.image; // there before it is asked for
 }
 
 function showDuel(next, left) {
