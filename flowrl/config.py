@@ -37,7 +37,7 @@ def option(default: Any, help: str) -> Any:
 class Recipe:
     """All options of `flowrl train`. Section options (objective, transition, steps) are a name plus that class's own fields."""
 
-    sections: ClassVar = ("objective", "transition", "steps", "times", "balance", "references")
+    sections: ClassVar = ("objective", "transition", "steps", "times", "balance", "references", "watch")
 
     # -- what is trained
     model: str = option("tiny-sd3", "Model to align: an embedded name, a pipeline directory, or a hub id.")
@@ -193,6 +193,11 @@ class Recipe:
     report_to: str = option("tensorboard", "Trackers, comma separated, by accelerate's names (tensorboard, wandb, ...), or none.")
     resume_from_checkpoint: str | None = option(None, "Checkpoint folder to go on from, or `latest` of output_dir.")
     checks: bool = option(True, "Check before the first update that the run can work, and stop with the cause if not.")
+    watch: dict[str, Any] = option(
+        {"name": "trends"},
+        "Test pictures, held-out rewards and updates for drifts, and raise alarms (docs/watch.md): trends, with action (warn, "
+        "stop, rollback), false_alarms, change, held_out_samples, ignore; or none.",
+    )
 
     def __post_init__(self) -> None:
         positive = (

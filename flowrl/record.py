@@ -1,7 +1,8 @@
 """What a run leaves behind: metrics, sample pictures, checkpoints, a model card. All in one folder, readable without us.
 
-    RUN/recipe.yaml  environment.json  metrics.jsonl  README.md  tracker/
+    RUN/recipe.yaml  environment.json  metrics.jsonl  alarms.jsonl  README.md  tracker/
     RUN/samples/step-000010/{0000.png, ..., samples.jsonl}
+    RUN/watch/step-000031-hacking.png
     RUN/checkpoint-50/{pytorch_lora_weights.safetensors | model/, training_state/}
     RUN/{pytorch_lora_weights.safetensors | model/}                         the result: averaged weights
 
@@ -109,8 +110,8 @@ def write_text(path: Path, text: str) -> None:
         move(temporary / path.name, path)
 
 
-class Metrics:
-    """`metrics.jsonl`, one line per step; resuming drops the lines of steps that will be taken again."""
+class Lines:
+    """A file of JSON lines, each of a step; resuming drops the lines of steps that will be taken again."""
 
     def __init__(self, path: Path, from_step: int):
         self.path = path
@@ -125,9 +126,16 @@ class Metrics:
                     kept.append(line)
             write_text(path, "".join(line + "\n" for line in kept))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def append(self, step: int, row: Mapping[str, Any]) -> None:
         with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: _number(v) for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+class Metrics(Lines):
+    """`metrics.jsonl`, one line per step."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.append(step, {k: _number(v) for k, v in values.items()})
 
 
 def _number(value: float) -> float | None:

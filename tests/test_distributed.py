@@ -36,7 +36,7 @@ class Watched(Trainer):
 
     @staticmethod
     def look(trainer, step, metrics):
-        times = {name for name in metrics if name.endswith("_time")}
+        times = {name for name in metrics if name.endswith(("_time", "memory_gb"))}
         trainer.seen[-1]["metrics"] = {name: value for name, value in metrics.items() if name not in times}
         for name in ("policy", "ema"):
             with trainer.policy.using(name):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from flowrl.record import LORA_FILE, STATE, checkpoints, read_metrics
 from tests.runs import FLOWRL, run, start
 
-TIMES = ("_time", "seconds")
+TIMES = ("_time", "seconds", "memory_gb")
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from flowrl.train.affine import mixed, output_gradients, output_gram
 from flowrl.train.balance import BALANCES, Unbalanced, Weights
 from flowrl.train.gram import gram
 from flowrl.train.per_sample import LinearTape
-from flowrl.train.watch import CheckFailed
+from flowrl.train.preflight import CheckFailed
 
 if TYPE_CHECKING:
     from flowrl.train.trainer import Trainer

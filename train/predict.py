@@ -22,7 +22,8 @@ T = TypeVar("T")
 class PolicyPredict:
     """`Predict` of one batch. rewards: by name, with weights (K,), for objectives that climb their gradient.
 
-    reference: which weights are the reference's, "base" for the model as it was.
+    reference: which weights are the reference's, "base" for the model as it was. look: is shown each velocity of the policy that
+    carries a graph.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class PolicyPredict:
         rewards: dict[str, Reward] | None = None,
         weights: Tensor | None = None,
         accelerator: Any = None,
+        look: Callable[[Point, Tensor], None] | None = None,
     ):
-        self.policy, self.batch, self.accelerator = policy, batch, accelerator
+        self.policy, self.batch, self.accelerator, self.look = policy, batch, accelerator, look
         self.texts = batch.texts
         self.reference_weights = "reference" if reference == "base" else reference
         self.reward_functions = rewards or {}
@@ -64,6 +66,8 @@ class PolicyPredict:
             state = (at,) if isinstance(at, Step) else (at.x, at.t)
             with torch.set_grad_enabled(graph), self.policy.using(weights):
                 self._known[key] = self.policy.velocity(self.texts, *state, **call)
+            if self.look is not None and graph and weights == "policy":
+                self.look(at, self._known[key])
         return self._known[key]
 
     def forget(self) -> None:

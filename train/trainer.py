@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowrl import record
-from flowrl.batch import Noised, Prompt, Samples, Step, concatenate
+from flowrl.batch import Noised, Point, Prompt, Samples, Step, concatenate
 from flowrl.config import ConfigError, Plan, Recipe, build, unknown
 from flowrl.data import even_order, generators, load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
@@ -34,7 +35,7 @@ from flowrl.samplers import GLASS, SCHEDULES, TIMES, TRANSITIONS, Transition
 from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.samplers.schedules import Late, Spread, Times
 from flowrl.samplers.steering.euphonium import Euphonium, guided_rollout
-from flowrl.train import watch
+from flowrl.train import preflight
 from flowrl.train.advantages import Scaling, advantages, group_mean_std, normalized, weighted_sum, zero_variance_share
 from flowrl.train.balancing import Balancing, over_updates
 from flowrl.train.constraints import Constraints
@@ -43,6 +44,7 @@ from flowrl.train.objectives import OBJECTIVES
 from flowrl.train.offline import Data
 from flowrl.train.predict import PolicyPredict
 from flowrl.train.scoring import Scoring
+from flowrl.train.watch import Watch
 
 
 class Trainer:
@@ -77,7 +79,9 @@ class Trainer:
         self.eval_prompts = load_prompts(recipe.eval_prompts) if recipe.eval_prompts else []
         given = rewards if rewards is not None else recipe.rewards
         self.rewards, self.weights = _rewards(given, recipe, beside=recipe.eval_rewards)
-        self.eval_rewards = {**self.rewards, **_rewards(recipe.eval_rewards, recipe, "eval_rewards", beside=given)[0]}
+        held_out = _rewards(recipe.eval_rewards, recipe, "eval_rewards", beside=given)[0]
+        self.eval_rewards = {**self.rewards, **held_out}
+        self.watch = Watch.of(recipe, held_out, self.eval_rewards)
         self.references = _references(recipe, {**self.rewards, **self.eval_rewards})
         if recipe.confidence is not None and not hasattr(self.rewards.get(recipe.confidence), "confidence"):
             doubters = [label for label, reward in self.rewards.items() if hasattr(reward, "confidence")]
@@ -138,6 +142,7 @@ class Trainer:
         self.policy.call.update(recipe.call_arguments())
         self._make_trainable()
         parameters = self.policy.trainable()
+        self.gathering = _Metrics()  # of the update under way
         self.optimizer = torch.optim.AdamW(
             parameters.values(),
             lr=recipe.learning_rate,
@@ -149,9 +154,7 @@ class Trainer:
             self.policy.snapshot("old")
         self.progress = record.Progress()
         if self.checkpoint:
-            self.progress = record.load_checkpoint(self.checkpoint, self.policy, self.optimizer)
-            record.load_reward_states(self.checkpoint, self.learning)
-            record.load_states(self.checkpoint, self.keeping_state)
+            self.restore(self.checkpoint)
         self.hooks = list(hooks)
         own = record.lies_in(self.checkpoint, self.folder)
         self.saved_at = self.progress.step if own else None  # step of the newest checkpoint in the folder
@@ -178,7 +181,8 @@ class Trainer:
     @property
     def keeping_state(self) -> dict[str, record.Stateful]:
         """What else a checkpoint holds, by name."""
-        return {"constraints": self.constraints, **({} if self.balancing is None else {"balance": self.balancing})}
+        kept = {"constraints": self.constraints, "balance": self.balancing, "watch": self.watch}
+        return {name: part for name, part in kept.items() if part is not None}
 
     def _make_trainable(self) -> None:
         recipe = self.recipe
@@ -206,6 +210,8 @@ class Trainer:
         if self.is_main:
             record.write_facts(self.folder, recipe)
         metrics_file = record.Metrics(self.folder / "metrics.jsonl", progress.step) if self.is_main else None
+        if self.watch is not None and self.is_main:
+            self.watch.open(self.folder, progress.step)
         self.accelerator.init_trackers("flowrl")
         bar = tqdm(
             total=recipe.max_steps,
@@ -221,6 +227,8 @@ class Trainer:
                 progress.seconds = before + time.monotonic() - started
                 if recipe.eval_steps and progress.step % recipe.eval_steps == 0:
                     metrics.update(self.evaluate())
+                if self.watch is not None:
+                    metrics.update(self.watch.judge(self, metrics))
                 if metrics_file:
                     metrics_file.write(progress.step, metrics)
                     self.accelerator.log(metrics, step=progress.step)
@@ -232,6 +240,8 @@ class Trainer:
                     self.save_checkpoint()
             self.finished |= progress.step >= recipe.max_steps
             bar.close()
+            if self.watch is not None:
+                self.watch.end(self)
             wind_up(self, "flowrl train")
         self.accelerator.end_training()
         return self.folder
@@ -245,7 +255,7 @@ class Trainer:
             batches, samples, advantage = self.recall(clock)
             scores, metrics = torch.zeros(len(samples), 0), {}
         if self.progress.updates == 0 and recipe.checks:
-            watch.preflight(self, batches, scores)
+            preflight.check_run(self, batches, scores)
         metrics.update(self.update(batches, advantage))
         if self.keeps_old:
             self.policy.blend("old", old_decay(recipe.old_decay, self.progress.step))
@@ -259,12 +269,16 @@ class Trainer:
             and (self.progress.step % self.recipe.samples_steps == 0 or self.progress.step == 1)
         ):
             record.write_samples(self.folder, self.progress.step, samples, scores, list(self.rewards), advantage)
-        return {**metrics, "images": float(self.progress.images), **clock.laps, "step_time": sum(clock.laps.values())}
+        if self.watch is not None:
+            metrics.update(self.watch.step(self, batches[0], samples, metrics))
+            clock.lap("watch_time")
+        cost = {"images": float(self.progress.images), "memory_gb": peak_memory(), **clock.laps}
+        return {**metrics, **cost, "step_time": sum(clock.laps.values())}
 
     def collect(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor, Tensor, dict[str, float]]:
         """The policy's own samples: batches with their recorded steps, all as one, scores (N, K), advantages (N,), metrics."""
         batches, samples, scores = self.scored(self.rollout(self.progress.step), clock)
-        constrained = self.constraints.update(self._gathered(scores), list(self.rewards))
+        constrained = self.constraints.update(self.gathered(scores), list(self.rewards))
         advantage, metrics = self.advantages(scores, samples.group)
         metrics.update(constrained)
         each = self.each(scores, samples.group)
@@ -296,7 +310,7 @@ class Trainer:
             for batch in drawn:
                 clock.lap("rollout_time")
                 batch.images = self.policy.decode(batch)
-                watch.check_pictures(batch, self.progress.step + 1)
+                preflight.check_pictures(batch, self.progress.step + 1)
                 attach(batch, self.references, self.policy)
                 if self.map_reward is not None:
                     assert batch.images is not None
@@ -413,10 +427,10 @@ class Trainer:
 
     def advantages(self, scores: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Advantages (N,) of this process's samples, computed over all processes, and the rewards' metrics."""
-        rewards, groups = self._gathered(scores), self._gathered(group)  # int64: floats would merge large ids
+        rewards, groups = self.gathered(scores), self.gathered(group)  # int64: floats would merge large ids
         for k, name in enumerate(self.rewards):
             if rewards[:, k].isnan().all():
-                raise watch.CheckFailed(
+                raise preflight.CheckFailed(
                     f"reward {name!r} abstained (NaN) on every sample of step {self.progress.step + 1}: "
                     "does it fit these prompts?"
                 )
@@ -446,20 +460,20 @@ class Trainer:
     def each(self, scores: Tensor, group: Tensor) -> Tensor:
         """(N, K) the advantages of this process's samples by each reward alone, NaN where it abstains."""
         scaling = Scaling(self.recipe.scale_rewards, best=self.best)
-        return self._own(scaling.each(self._gathered(scores), self._gathered(group), self.weights_row))
+        return self._own(scaling.each(self.gathered(scores), self.gathered(group), self.weights_row))
 
-    def _gathered(self, values: Tensor) -> Tensor:
+    def gathered(self, values: Tensor) -> Tensor:
         """Of all processes, in the order of their rank."""
         return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
     def _own(self, gathered: Tensor) -> Tensor:
-        """This process's part of what `_gathered` brought together."""
+        """This process's part of what `gathered` brought together."""
         return gathered.float().chunk(self.world)[self.rank]
 
     def update(self, batches: list[Samples], advantage: Tensor) -> dict[str, float]:
         """The step's optimiser updates, each over its share of the batches. advantage: (N,) in the order of the batches."""
         recipe = self.recipe
-        gathered = _Metrics()
+        gathered = self.gathering = _Metrics()
         per_update = len(batches) // recipe.updates_per_step
         split = self.chosen(batches, advantage)
         norms, kept, measured = [], [], []
@@ -521,7 +535,12 @@ class Trainer:
             rewards=self.rewards,
             weights=self.weights_row,
             accelerator=self.accelerator,
+            look=None if self.watch is None else self._see,
         )
+
+    def _see(self, point: Point, v: Tensor) -> None:
+        """Of each velocity (B, ...) that is trained on: its root mean square."""
+        self.gathering.add({"watch/velocity_norm": v.detach().float().square().flatten(1).mean(1).sqrt()}, point.t)
 
     def points(self, batch: Samples) -> Iterator[tuple[Step | Noised, int]]:
         """Where the objective is asked about a batch, and at how many points: recorded steps, or fresh noise on final latents."""
@@ -554,7 +573,7 @@ class Trainer:
         reduce_gradients(self.accelerator, parameters, "sum")
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
         if not norm.isfinite():
-            raise watch.CheckFailed(
+            raise preflight.CheckFailed(
                 f"the gradient of update {self.progress.updates + 1} is not finite: lower learning_rate or use autocast=bfloat16"
             )
         factor = lr_factor(self.recipe, self.progress)
@@ -591,7 +610,16 @@ class Trainer:
             weights="ema",
             references=self.references,
         )
+        if self.watch is not None:
+            self.watch.evaluated(self.progress.step, result)
         return {f"eval/{name}": result.mean(name) for name in self.eval_rewards}
+
+    def restore(self, checkpoint: Path) -> None:
+        """Everything as it was in a checkpoint. Raises ConfigError where it does not fit."""
+        self.progress = record.load_checkpoint(checkpoint, self.policy, self.optimizer)
+        record.load_reward_states(checkpoint, self.learning)
+        record.load_states(checkpoint, self.keeping_state)
+        self.saved_at = self.progress.step
 
     def save_checkpoint(self) -> None:
         if self.is_main:
@@ -634,9 +662,10 @@ class Trainer:
         """Sets `finished`, too: an interrupted run is not. All processes agree, though only one may have been interrupted."""
         limit = self.recipe.max_minutes
         late = limit is not None and seconds >= limit * 60
-        interrupted, late = in_any_process(self.accelerator, self._interrupts.count > 0, late)
+        alarmed = self.watch is not None and self.watch.ending is not None
+        interrupted, late, alarmed = in_any_process(self.accelerator, self._interrupts.count > 0, late, alarmed)
         self.finished = not interrupted
-        return interrupted or late
+        return interrupted or late or alarmed
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -672,6 +701,16 @@ class _Metrics:
                     merged[name] += entry
             sums = merged
         return {name: float(entry[0] / entry[1]) for name, entry in sums.items()}
+
+
+def peak_memory() -> float:
+    """In GB: of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class _Clock:

@@ -1,166 +1,338 @@
-"""Checks that stop a broken run before its first update, each with the cause named."""
+"""The watch over training: what a run's pictures and updates become, tested for drifts, and named when it looks like hacking.
+
+Each step it measures samples that were drawn anyway: what they look like and how much they differ (`flowrl.train.appearance`),
+what held-out rewards say of some of them, how long the velocity is compared with the first steps, how far the model is from its
+base. A sign is a drift that is certain (`flowrl.train.trends`) and large (`flowrl.train.alarms`); signs together are an alarm: a
+line, a row of alarms.jsonl, and a sheet of the start's pictures beside those that the weights of now draw from the same noise.
+All processes measure together and come to the same; the first one writes.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from flowrl.batch import Point, Samples
+from flowrl import record
+from flowrl.batch import Samples, concatenate
+from flowrl.config import ConfigError, Recipe, build, unknown
+from flowrl.pictures import Cell, contact_sheet
+from flowrl.reward_models.base import Reward, score_one, to_pil, traits_of
+from flowrl.train.alarms import ALARMS, EVALUATED, HELD_OUT, KINDS, Alarm, Sign, alarms_of, kind_of
+from flowrl.train.appearance import STATISTICS, described, diversity, frames
+from flowrl.train.objectives.base import check_choice, check_positive, error
+from flowrl.train.predict import PolicyPredict
+from flowrl.train.trends import LEVEL, Drift, Repeated, Trend
 
 if TYPE_CHECKING:
-    from flowrl.train.predict import PolicyPredict
+    from flowrl.evaluate import Evaluation
     from flowrl.train.trainer import Trainer
 
-
-class CheckFailed(RuntimeError):
-    """A run that cannot work; the message names the cause."""
-
-
-def preflight(trainer: Trainer, batches: list[Samples], scores: Tensor) -> None:
-    """Run every check on the first rollout. Raises CheckFailed. Leaves weights and gradients as they were."""
-    needs = trainer.objective.needs
-    if trainer.data is None:
-        check_groups(batches, trainer.recipe.num_generations)
-        check_rewards(scores, list(trainer.rewards))
-    if needs.trajectory:
-        check_steps(batches[0], trainer.recipe.num_inference_steps)
-        check_replay(trainer, batches[0])
-    point, _ = next(trainer.points(batches[0]))
-    predict = trainer.predict(batches[0])
-    if needs.reference and trainer.recipe.lora is None:
-        check_reference(predict, point)
-    check_gradient(trainer, predict, point)
-    check_weights_matter(trainer, predict, point)
+PROMPTS, EACH = 4, 4  #: Prompts of an alarm's sheet, and pictures of each, before and now.
+SHOWN = 192  #: Pixels of their shorter side, at most.
 
 
-def check_groups(batches: list[Samples], num_generations: int) -> None:
-    """Every group is complete in this process, and its members differ."""
-    group = torch.cat([batch.group for batch in batches])
-    ids, counts = group.unique(return_counts=True)
-    if not bool((counts == num_generations).all()):
-        raise CheckFailed(
-            f"group {int(ids[counts != num_generations][0])} has {int(counts[counts != num_generations][0])} of "
-            f"{num_generations} samples: a group crossed a process"
-        )
-    latents = torch.cat([batch.latents.flatten(1) for batch in batches])
-    for i in ids[:2]:
-        members = latents[group == i]
-        if bool((members[0] == members[1:]).all()):
-            raise CheckFailed(f"all samples of group {int(i)} are identical: the sampler draws no noise")
+@dataclass(frozen=True)
+class Trends:
+    """Test for drifts, and raise alarms."""
+
+    #: Of an alarm: warn goes on, stop ends the run as it is, rollback ends it with the newest checkpoint from before the signs.
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    #: Probability, over the whole run, that any series counts as drifting while nothing does.
+    false_alarms: float = 0.01
+    #: Factor by which edges, colours, saturation or high frequencies have to change. Dark pixels: 20 points.
+    change: float = 1.5
+    #: Samples of a step, over all processes, that held-out rewards score. 0 leaves them to the evaluations.
+    held_out_samples: int = 32
+    #: Series and alarms that are expected, as in [dark, collapse], and say nothing.
+    ignore: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_choice(self, "action")
+        if not 0 < self.false_alarms < 1:
+            raise ValueError(f"false_alarms={self.false_alarms}: a probability, in (0, 1)")
+        if not self.change > 1:
+            raise ValueError(f"change={self.change}: a factor, above 1")
+        check_positive(self, "held_out_samples", or_zero=True)
+        for name in self.ignore:
+            if name not in (*KINDS, *ALARMS) and not name.startswith((HELD_OUT, EVALUATED)):
+                raise ConfigError(unknown("series or alarm in watch.ignore", name, [*ALARMS, *KINDS]))
 
 
-def check_pictures(samples: Samples, step: int) -> None:
-    """Every decoded picture is finite: a reward would answer NaN to the others, which means that it abstains. Every step."""
-    assert samples.images is not None
-    broken = [i for i, image in enumerate(samples.images) if not bool(image.isfinite().all())]
-    if broken:
-        raise CheckFailed(
-            f"{len(broken)} of the {len(samples)} pictures of step {step} are not finite, first for "
-            f"{samples.texts[broken[0]]!r}: the weights have diverged (lower learning_rate), "
-            "or the type cannot hold the model's values (try bfloat16 or float32)"
-        )
+@dataclass(frozen=True)
+class Nothing:
+    """Measure nothing."""
 
 
-def check_rewards(scores: Tensor, names: list[str]) -> None:
-    """Every reward is finite somewhere and not one constant."""
-    for k, name in enumerate(names):
-        values = scores[:, k][~scores[:, k].isnan()]
-        if len(values) == 0:
-            raise CheckFailed(f"reward {name!r} abstained (NaN) on every sample: does it fit these prompts?")
-        if len(values) > 1 and float(values.max() - values.min()) == 0:
-            raise CheckFailed(
-                f"reward {name!r} gave {float(values[0]):.4g} to all {len(values)} samples of the first rollout: "
-                "it cannot teach anything"
+#: What may stand in a recipe's `watch`.
+WATCHES: dict[str, type] = {"trends": Trends, "none": Nothing}
+
+
+class Watch:
+    """The series of a run, and what was raised. held_out: rewards that are not trained on, by name. evaluated: names of all
+    rewards that evaluations measure."""
+
+    def __init__(self, options: Trends, held_out: Mapping[str, Reward], evaluated: Iterable[str]):
+        self.options = options
+        self.held_out = {
+            name: reward
+            for name, reward in held_out.items()
+            if options.held_out_samples and traits_of(reward).arity == "point" and not traits_of(reward).remote
+        }
+        self.trends: dict[str, Trend] = defaultdict(Trend)
+        self.evaluations: dict[str, Repeated] = {f"{EVALUATED}{name}": Repeated() for name in evaluated}
+        series = len(KINDS) + len(self.held_out) + len(self.evaluations)
+        self.certain = math.log(series / options.false_alarms)
+        self.deviations: dict[str, list[float]] = defaultdict(list)  # of rewards, in the first steps
+        self.norms: dict[str, float] = {}  # of the velocity, where each tenth of the time axis was first seen
+        self.start: dict[str, Any] = {}  # rows, prompts and pictures of the first step
+        self.raised: list[str] = []
+        self.ending: str | None = None  # the action that ends the run
+        self.since = 0
+        self._file: record.Lines | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, held_out: Mapping[str, Reward], evaluated: Iterable[str]) -> Watch | None:
+        """None where nothing is watched. Raises ConfigError."""
+        options = build(recipe.watch, WATCHES, "watch")
+        return cls(options, held_out, evaluated if recipe.eval_steps else ()) if isinstance(options, Trends) else None
+
+    def open(self, folder: Path, step: int) -> None:
+        """Where alarms are written; those of steps that will be taken again go."""
+        self._file = record.Lines(folder / "alarms.jsonl", step)
+
+    # ------------------------------------------------------------------------------------------------ measuring
+
+    def step(self, trainer: Trainer, batch: Samples, samples: Samples, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Measure one step, after its update. samples: this process's; batch: one of their batches. Returns metrics."""
+        own: dict[str, float] = {}
+        if samples.images is not None:
+            own |= self._pictures(trainer, samples)
+            if not self.start:
+                self._remember(samples)
+        norms = {name: value for name, value in metrics.items() if name.startswith("watch/velocity_norm/")}
+        if norms:
+            own["velocity"] = sum(value / self.norms.setdefault(name, value) for name, value in norms.items()) / len(norms)
+        if "kl" not in metrics and (trainer.policy.has_lora or "reference" in trainer.policy.snapshots):
+            own["distance"] = distance(trainer, batch)
+        series = {name: value for name, value in own.items() if name != "distance"}
+        clipped = [value for name, value in metrics.items() if name.startswith("clip_ratio/")]
+        if "reward" in metrics:
+            series |= {"reward": metrics["reward"], "zero_variance": metrics["frac_reward_zero_std"]}
+            self._scale("reward", metrics["reward_std"])
+        if clipped:
+            series["clipped"] = max(clipped)
+        for name, value in series.items():
+            self.trends[name].add(trainer.progress.step, value)
+        return {f"watch/{name}": value for name, value in own.items()}
+
+    def _scale(self, series: str, deviation: float) -> None:
+        """The deviation that a reward's drift is measured in: of its first steps."""
+        if len(self.deviations[series]) < LEVEL and math.isfinite(deviation):
+            self.deviations[series].append(deviation)
+
+    def _pictures(self, trainer: Trainer, samples: Samples) -> dict[str, float]:
+        """What all processes' pictures look like, how much they differ, and what held-out rewards say of some of them."""
+        assert samples.images is not None
+        looks, thumbnails = described(samples.images)
+        judged = torch.full((len(samples), len(self.held_out)), torch.nan)
+        if self.held_out:
+            count = min(len(samples), -(-self.options.held_out_samples // trainer.world))
+            rows = torch.tensor([i * len(samples) // count for i in range(count)])
+            some = samples.select(rows)
+            judged[rows] = torch.stack([score_one(name, reward, some).cpu() for name, reward in self.held_out.items()], 1)
+        widths = [len(STATISTICS), thumbnails.shape[1], len(self.held_out)]
+        everything = trainer.gathered(torch.cat([looks.cpu(), thumbnails.cpu(), judged], 1))
+        looks, thumbnails, judged = everything.split(widths, 1)
+        within, between = diversity(thumbnails, trainer.gathered(samples.group))
+        own = dict(zip(STATISTICS, looks.double().mean(0).tolist(), strict=True))
+        own |= {"diversity": within, "spread": between}
+        for name, values in zip(self.held_out, judged.double().T, strict=True):
+            known = values[~values.isnan()]
+            own[f"{HELD_OUT}{name}"] = float(known.mean())
+            self._scale(f"{HELD_OUT}{name}", float(known.std()) if len(known) > 1 else math.nan)
+        return own
+
+    def evaluated(self, step: int, result: Evaluation) -> None:
+        """An evaluation during training, always of the same prompts and noise."""
+        for series, repeated in self.evaluations.items():
+            values = result.per_prompt(series.removeprefix(EVALUATED))
+            repeated.add(step, values.tolist())
+            self._scale(series, float(values[~values.isnan()].std()))
+
+    # ------------------------------------------------------------------------------------------------ judging
+
+    def signs(self) -> dict[tuple[str, bool], Sign]:
+        """The drifts that are certain and large, by series and whether it is up."""
+        drifts: list[tuple[str, Drift | None]] = [
+            (series, trend.drift(up)) for series, trend in self.trends.items() for up in (True, False)
+        ]
+        drifts += [(series, repeated.fall()) for series, repeated in self.evaluations.items()]
+        signs = {}
+        for series, drift in drifts:
+            if drift is None or drift.evidence < self.certain or series in self.options.ignore:
+                continue
+            kind, scale = kind_of(series, self.options.change), self.deviations[series]
+            if kind.matters(drift, sum(scale) / max(len(scale), 1)):
+                signs[series, drift.up] = Sign(series, drift, kind.say(drift))
+        return signs
+
+    def judge(self, trainer: Trainer, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Raise the alarms of this step, each at most once in a run. Returns metrics."""
+        for alarm in alarms_of(self.signs()):
+            if alarm.name not in (*self.raised, *self.options.ignore):
+                self.raised.append(alarm.name)
+                self._raise(trainer, alarm, metrics)
+        return {"watch/alarms": float(len(self.raised))}
+
+    def _raise(self, trainer: Trainer, alarm: Alarm, metrics: Mapping[str, float]) -> None:
+        step, action = trainer.progress.step, self.options.action
+        if action != "warn":
+            self.ending, self.since = action, min(alarm.since, self.since or alarm.since)
+        if not trainer.is_main:
+            return
+        sheet = self._sheet(trainer, alarm)
+        far = {name: metrics[key] for name, key in (("KL", "kl"), ("distance", "watch/distance")) if metrics.get(key) is not None}
+        text = alarm.text + "".join(f"; {name} to the base {value:.3g}" for name, value in far.items())
+        if self._file is not None:
+            signs = [{"series": sign.series, "text": sign.text, **asdict(sign.drift)} for sign in alarm.signs]
+            row = {"alarm": alarm.name, "text": text, "since": alarm.since, "action": action, "pictures": None, "signs": signs}
+            self._file.append(step, {**row, **({} if sheet is None else {"pictures": str(sheet.relative_to(trainer.folder))})})
+        say(f"ALARM in step {step}: {text}" + ("" if sheet is None else f"\n  before and now: {sheet}"))
+
+    # ------------------------------------------------------------------------------------------------ pictures
+
+    def _remember(self, samples: Samples) -> None:
+        """The pictures of the first step that a sheet will show, and their places among the step's samples."""
+        rows = [i for own in samples.by_group()[:PROMPTS] for i in own[:EACH].tolist()]
+        self.start = {"rows": rows, "prompts": [samples.texts[i] for i in rows], "pictures": small(samples, rows)}
+
+    def _sheet(self, trainer: Trainer, alarm: Alarm) -> Path | None:
+        """The pictures of the first step, beside what the weights of now draw for the same prompts from the same noise."""
+        if not self.start:
+            return None
+        drawn: list[Samples] = []
+        for batch in trainer.rollout(0):
+            batch.images = trainer.policy.decode(batch)
+            drawn.append(batch)
+            if sum(map(len, drawn)) > max(self.start["rows"]):
+                break
+        now = small(concatenate(drawn), self.start["rows"])
+        prompts, step = list(dict.fromkeys(self.start["prompts"])), trainer.progress.step
+        pairs = list(zip(strips(self.start["pictures"]), strips(now), strict=True))
+        of = [[pair for prompt, pair in zip(self.start["prompts"], pairs, strict=True) if prompt == own] for own in prompts]
+        count = max(map(len, of))
+        cells = [[Cell(own[i][side] if i < len(own) else None) for side in (0, 1) for i in range(min(count, EACH))] for own in of]
+        columns = [(name, "") for name in ("the first step", f"step {step}, same noise") for _ in range(min(count, EACH))]
+        place = trainer.folder / "watch" / f"step-{step:06d}-{alarm.name}.png"
+        place.parent.mkdir(exist_ok=True)
+        with record.writing(place):
+            contact_sheet(prompts, columns, cells, alarm.text).save(place)
+        return place
+
+    # ------------------------------------------------------------------------------------------------ ending
+
+    def end(self, trainer: Trainer) -> None:
+        """What `action` says, once the loop has ended for it."""
+        if self.ending == "stop":
+            trainer.is_main and say(f"Stopped after step {trainer.progress.step}: watch.action=stop.")
+        elif self.ending == "rollback":
+            self._roll_back(trainer)
+
+    def _roll_back(self, trainer: Trainer) -> None:
+        """Back to the newest checkpoint whose pictures were still as before; later ones are set aside under another name."""
+        stopped, since = trainer.progress.step, self.since
+        places = record.checkpoints(trainer.folder)
+        sound = [place for place in places if step_of(place) < since - 1]
+        chosen = agreed(trainer, str(sound[-1]) if sound else None)
+        if chosen is None:
+            trainer.is_main and say(
+                f"Stopped after step {stopped}. watch.action=rollback found no checkpoint from before step {since - 1}: "
+                "lower checkpointing_steps, raise checkpoints_total_limit"
             )
+            return
+        trainer.restore(Path(chosen))
+        trainer.accelerator.wait_for_everyone()
+        if not trainer.is_main:
+            return
+        for place in places:
+            if step_of(place) > trainer.progress.step:
+                place.rename(place.with_name(f"{place.name}-rolled-back"))
+        text = f"rolled back from step {stopped} to {Path(chosen).name}, from before the signs (step {since})"
+        if self._file is not None:
+            self._file.append(stopped, {"alarm": "rollback", "text": text, "since": since, "action": "rollback"})
+        say(f"{text[0].upper()}{text[1:]}. Later checkpoints are named *-rolled-back.")
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "trends": {name: trend.state_dict() for name, trend in self.trends.items()},
+            "evaluations": {name: repeated.state_dict() for name, repeated in self.evaluations.items()},
+            "deviations": dict(self.deviations),
+            **{name: getattr(self, name) for name in ("norms", "start", "raised")},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What a checkpoint holds of series that are still watched; new ones start empty."""
+        for name, own in state["trends"].items():
+            self.trends[name].load_state_dict(own)
+        for name, own in state["evaluations"].items():
+            if name in self.evaluations:
+                self.evaluations[name].load_state_dict(own)
+        self.deviations = defaultdict(list, {name: list(own) for name, own in state["deviations"].items()})
+        self.norms, self.start, self.raised = dict(state["norms"]), dict(state["start"]), list(state["raised"])
 
 
-def check_steps(batch: Samples, num_inference_steps: int) -> None:
-    """There are recorded steps, and the last one of the schedule is not among them."""
-    indices = [step.index for step in batch.steps]
-    if not indices:
-        raise CheckFailed("no step was recorded: the schedule names no stochastic step, or the pipeline skipped it")
-    if max(indices) >= num_inference_steps - 1:
-        raise CheckFailed("the last step is among the trained ones; it is deterministic and its log-probability explodes")
+def say(line: str) -> None:
+    """A line of its own, above the progress bar."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(line)
 
 
-def check_replay(trainer: Trainer, batch: Samples) -> None:
-    """Replaying the rollout gives the same velocity, so the ratio is 1, and the reference is where the policy starts."""
-    policy = trainer.policy
-    exact = policy.autocast_dtype is None and trainer.recipe.dtype == "float32" and policy.device.type == "cpu"
+def distance(trainer: Trainer, batch: Samples) -> float:
+    """Mean of (v - v_base)^2 over a few samples of a batch at one point of theirs, and over processes."""
+    few = batch.select(range(min(8, max(1, len(batch) // 32))))
+    predict = PolicyPredict(trainer.policy, few)
+    point, _ = next(trainer.points(few))
     with torch.no_grad():
-        for step in batch.steps:
-            v = policy.velocity(batch.texts, step)
-            ratio = (step.gaussian(v).log_prob(step.x_next) - step.log_prob).exp()
-            worst = float((ratio - 1).abs().max())
-            if worst > (0 if exact else 1e-5):
-                raise CheckFailed(
-                    f"replaying step {step.index} gives a ratio {worst:.2g} away from 1 before any update: "
-                    "rollout and update do not compute the same (other batch size, attention backend, dropout, "
-                    "or a pipeline that draws its conditioning at random?)"
-                )
+        value = error(predict(point).float(), predict.reference(point).float()).mean()
+    return float(trainer.accelerator.reduce(value, "mean") if trainer.world > 1 else value)
 
 
-def check_reference(predict: PolicyPredict, point: Point) -> None:
-    """The reference is where the policy starts, at an update's every objective: the KL is 0, DPO's loss is ln 2."""
-    with torch.no_grad():
-        difference = float((predict(point) - predict.reference(point)).abs().max())
-    if difference > 1e-5:
-        raise CheckFailed(
-            f"the reference's velocity differs from the policy's by {difference:.2g} before any update: "
-            "the KL does not start at 0"
-        )
+def small(samples: Samples, rows: list[int]) -> Tensor:
+    """(n, F, 3, h, w) uint8, some of the samples' pictures, or frames of their clips, at most SHOWN pixels wide or high."""
+    assert samples.images is not None
+    seen = frames(samples.images[rows]).float().cpu()
+    scale = SHOWN / min(seen.shape[-2:])
+    if scale < 1:
+        size = [round(side * scale) for side in seen.shape[-2:]]
+        seen = F.interpolate(seen.flatten(0, 1), size, mode="area").unflatten(0, seen.shape[:2])
+    return (seen.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def check_gradient(trainer: Trainer, predict: PolicyPredict, point: Point) -> None:
-    """A test loss reaches trainable parameters, forward and backward, with finite gradients; nothing else gets any."""
-    policy = trainer.policy
-    trainable = policy.trainable()
-    if not trainable:
-        raise CheckFailed("no parameter trains")
-    predict.forget()
-    v = predict(point)
-    if not v.requires_grad:
-        raise CheckFailed("the pipeline's output carries no graph: its call runs under no_grad")
-    v.float().square().mean().backward()
-    gradients = [p.grad for p in trainable.values() if p.grad is not None]
-    alive = any(bool(g.any()) for g in gradients)
-    finite = all(bool(g.isfinite().all()) for g in gradients)
-    for p in trainable.values():
-        p.grad = None
-    if not alive:
-        raise CheckFailed("no trainable parameter receives a gradient: are they part of the denoiser that the pipeline calls?")
-    if not finite:
-        backend = trainer.recipe.attention_backend
-        raise CheckFailed(
-            "the test gradient is not finite"
-            + (f": attention_backend={backend} may lack a correct backward, try native" if backend else "")
-        )
+def strips(pictures: Tensor) -> list[Any]:
+    """Pictures (n, F, 3, h, w) uint8 for a sheet, the frames of one side by side."""
+    drawn = (to_pil(own.float() / 255) for own in pictures)
+    return [own[0] if len(own) == 1 else record.beside(own) for own in drawn]
 
 
-def check_weights_matter(trainer: Trainer, predict: PolicyPredict, point: Point) -> None:
-    """Moving the trainable weights moves the output (a LoRA that is not wired in would train nothing), and not the reference."""
-    needs = trainer.objective.needs
-    parameters = trainer.policy.trainable()
-    own = {name: p.detach().clone() for name, p in parameters.items()}
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
-    def outputs() -> tuple[Tensor, Tensor | None]:
-        predict.forget()
-        return predict(point), predict.reference(point) if needs.reference else None
 
-    with torch.no_grad():
-        before, reference = outputs()
-        generator = torch.Generator().manual_seed(0)
-        for p in parameters.values():
-            p.add_(torch.randn(p.shape, generator=generator).to(p) * 0.05)
-        after, moved = outputs()
-        for name, p in parameters.items():
-            p.copy_(own[name])
-    predict.forget()
-    if bool((before == after).all()):
-        raise CheckFailed("changing the trainable weights does not change the output: the adapters are not active")
-    if reference is not None and moved is not None and not torch.equal(reference, moved):
-        raise CheckFailed(
-            "changing the trainable weights changes the reference too: it is the policy itself, and holds nothing back"
-        )
+def agreed(trainer: Trainer, value: str | None) -> str | None:
+    """What the first process says."""
+    if trainer.world == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

@@ -9,7 +9,7 @@ import torch
 
 from flowrl import Policy, Trainer, load_recipe
 from flowrl.train import trainer as loop
-from flowrl.train.watch import CheckFailed
+from flowrl.train.preflight import CheckFailed
 from tests.pipelines import CALL, tiny
 
 
