@@ -179,7 +179,7 @@ def load_reward(spec: Any, **options: Any) -> Reward:
     Raises ValueError for unknown names (with the nearest known ones), for paths that cannot be imported and for options that
     the reward does not have.
     """
-    from flowrl.reward_models import EMBEDDED, REWARDS
+    from flowrl.reward_models import EMBEDDED
 
     if isinstance(spec, str) and not Path(spec).is_dir():
         spec, options = _words(spec, options)
@@ -199,29 +199,36 @@ def load_reward(spec: Any, **options: Any) -> Reward:
         return spec if hasattr(spec, "name") else FunctionReward(spec)
     if spec in EMBEDDED or (Path(spec) / REWARD_FILE).is_file():
         return _from_folder(embedded_folder(str(spec)) if spec in EMBEDDED else Path(spec), options)
-    spec = str(spec)
+    return _construct(_named(str(spec)), str(spec), options)
+
+
+def find_reward(name: str) -> tuple[Any, dict[str, Any]]:
+    """The class or function behind a name, an embedded one, a folder or a dotted path, and the options that a folder implies.
+
+    Raises ValueError as `load_reward`.
+    """
+    from flowrl.reward_models import EMBEDDED
+
+    if name in EMBEDDED or (Path(name) / REWARD_FILE).is_file():
+        folder = embedded_folder(name) if name in EMBEDDED else Path(name)
+        facts = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
+        return find_reward(facts["reward"])[0], {**facts.get("options", {}), "folder": name}
+    return _named(name), {}
+
+
+def _named(spec: str) -> Any:
+    """The class or function of a name or a dotted path."""
+    from flowrl.reward_models import EMBEDDED, REWARDS
+
     if spec in REWARDS:
-        return _construct(_import(REWARDS[spec], spec), spec, options)
+        return _import(REWARDS[spec], spec)
     if "/" in spec or Path(spec).is_dir():
         there = f"there is no {REWARD_FILE} in it" if Path(spec).is_dir() else "there is no such folder"
         raise ValueError(f"reward {spec!r}: {there}; `flowrl train-reward` writes one")
     module_name, _, attribute = spec.replace(":", ".").rpartition(".")
     if not module_name:
         raise ValueError(f"unknown reward {spec!r}{nearest(spec, [*REWARDS, *EMBEDDED])} (or give the dotted path of a function)")
-    return _construct(_import(f"{module_name}:{attribute}", spec), spec, options)
-
-
-def find_reward(name: str) -> tuple[Any, dict[str, Any]]:
-    """The class or function behind a name of REWARDS, an embedded one or a folder, and the options that a folder implies."""
-    from flowrl.reward_models import EMBEDDED, REWARDS
-
-    if name in EMBEDDED or (Path(name) / REWARD_FILE).is_file():
-        folder = embedded_folder(name) if name in EMBEDDED else Path(name)
-        facts = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
-        return find_reward(facts["reward"])[0], {**facts.get("options", {}), "folder": name}
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}{nearest(name, [*REWARDS, *EMBEDDED])}")
-    return _import(REWARDS[name], name), {}
+    return _import(f"{module_name}:{attribute}", spec)
 
 
 def short_labels(labels: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ In a recipe, in order:  rewards.hpsv2={weight: 1, shape: [{par: {k: 3}}, {cap: 0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,12 +68,14 @@ def softmin(r: Tensor, temperature: float = 0.1, dim: int = -1) -> Tensor:
 
 
 class Shaped:
-    """A reward whose values are shaped. shape: {name: options} or a list of such, in order; a number is the first option."""
+    """A reward whose values are shaped.
 
-    def __init__(self, of: Any, shape: Mapping[str, Any] | Sequence[Mapping[str, Any]]):
+    shape: {name: options}, a name alone, or a list of such, in order; a number in place of options is the first of them.
+    """
+
+    def __init__(self, of: Any, shape: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]):
         self.of: Reward = load_reward(of)
-        steps = [shape] if isinstance(shape, Mapping) else list(shape)
-        self.steps = [_step(name, options) for step in steps for name, options in step.items()]
+        self.steps = [_step(name, options) for name, options in _named_steps(shape)]
         if not self.steps:
             raise ValueError("shape is empty; leave it out")
         self.name = self.of.name
@@ -128,13 +130,25 @@ _FIRST = {"cap": "at", "sigmoid": "center", "par": "k", "dither": "std"}
 _OPTIONS = {"cap": {"at"}, "sigmoid": {"center", "scale"}, "par": {"k", "scale"}, "dither": {"std"}, "negate": set()}
 
 
+def _named_steps(shape: Any) -> Iterator[tuple[str, Any]]:
+    for step in [shape] if isinstance(shape, str | Mapping) else shape if isinstance(shape, list | tuple) else [shape]:
+        if isinstance(step, str):
+            yield step, None
+        elif isinstance(step, Mapping):
+            yield from step.items()
+        else:
+            raise ValueError(f"shape={step!r}: a name, {{name: options}}, or a list of them; names are {', '.join(_STEPS)}")
+
+
 def _step(name: str, options: Any) -> tuple[str, dict[str, float]]:
     if name not in _STEPS:
         raise ValueError(f"shape {name!r}{nearest(name, _STEPS)}")
     if options is None or options is True:
         options = {}
+    elif not _OPTIONS[name]:
+        raise ValueError(f"shape {name} has no options, and got {options!r}")
     elif not isinstance(options, Mapping):
-        options = {_FIRST.get(name, "value"): options}
+        options = {_FIRST[name]: options}
     for key, value in options.items():
         if key not in _OPTIONS[name]:
             raise ValueError(f"shape {name} has no option {key!r}{nearest(key, _OPTIONS[name])}")

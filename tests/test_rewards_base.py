@@ -215,6 +215,35 @@ def test_the_list_says_what_each_reward_is(capsys):
     assert "`tiny_dense` read off the latents" in latent and latent.endswith("the prompt and t.")
 
 
+EXPLAINED = """
+class Redness:
+    '''How red.'''
+
+    def __init__(
+        self,
+        gain: float = 2.0,  #: Its factor.
+    ):
+        self.name = "redness"
+"""
+
+
+def test_rewards_of_ones_own_are_explained(tmp_path, capsys, monkeypatch):
+    """By dotted path, with the comments of its options; what is no reward is said as `load_reward` says it."""
+    (tmp_path / "own_explained.py").write_text(EXPLAINED)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["rewards", "own_explained.Redness"]) == 0
+    out = words(capsys.readouterr().out)
+    assert "How red." in out and "gain 2.0 Its factor." in out and "`weight`" in out
+    for name, message in [
+        ("runs/nothing", "reward 'runs/nothing': there is no such folder; `flowrl train-reward` writes one"),
+        (str(tmp_path), "there is no reward.json in it"),
+        ("own_explained.Greenness", "own_explained has no function or class Greenness"),
+        ("tiny_strikt", "unknown reward 'tiny_strikt'; did you mean tiny_strict"),
+    ]:
+        assert main(["rewards", name]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_comments_of_plain_classes_are_read(monkeypatch):
     class Own:
         """Mine."""

@@ -76,7 +76,8 @@ def test_a_shaped_reward_in_order():
     got = reward(samples([0.5, 0.9]))
     assert got.tolist() == pytest.approx([0.5, 0.6])
     assert reward.traits.range == (0.0, 0.6) and reward.traits.differentiable and reward.name == "bright"
-    assert load_reward(bright, shape={"negate": True})(samples([0.25])).tolist() == [-0.25]
+    for shape in ("negate", ["negate"], {"negate": True}):
+        assert load_reward(bright, shape=shape)(samples([0.25])).tolist() == [-0.25]
 
 
 def test_against_references_shared_by_the_group():
@@ -114,6 +115,10 @@ def test_dither_depends_on_the_seed_of_the_sample_alone():
         ({"sigmoid": {"centre": 1}}, "shape sigmoid has no option 'centre'; did you mean center"),
         ({"par": {"k": -1}}, "shape par: k=-1 must be positive"),
         ({"dither": "much"}, "shape dither: std='much' is not a number"),
+        ({"negate": False}, "shape negate has no options, and got False"),
+        ("cap", "shape cap needs its value"),
+        (3, "shape=3: a name, {name: options}, or a list of them; names are cap, "),
+        ([["cap", 1]], r"shape=\['cap', 1\]: a name"),
         ([], "shape is empty"),
     ],
 )

@@ -10,7 +10,7 @@ from flowrl.commands.common import command, positive, quiet_libraries, whole
 
 def add(commands: Any) -> None:
     rewards = command(commands, "rewards", run_rewards, "list the rewards, or explain one")
-    rewards.add_argument("name", nargs="?", help="a reward, to read what it does and which options it has")
+    rewards.add_argument("name", nargs="?", help="a reward, folder or dotted path, to read what it does and which options it has")
 
     serve = command(commands, "serve", run_serve, "put rewards behind HTTP, for `remote` elsewhere (docs/serving.md)")
     serve.add_argument("rewards", nargs="+", metavar="reward", help='names, folders, dotted paths, or "name key=value"')
@@ -42,11 +42,15 @@ def run_rewards(arguments: argparse.Namespace) -> int:
         return 0
     found, implied = find_reward(arguments.name)
     options = [] if not inspect.isclass(found) else list(inspect.signature(found).parameters.values())
-    print(f"{arguments.name}\n\n{inspect.cleandoc(found.__doc__ or '')}\n")
+    print("\n\n".join(part for part in (arguments.name, inspect.cleandoc(found.__doc__ or "")) if part), end="\n\n")
     print_options(found, implied)
+    print(
+        "\n  Every reward also takes `weight`, and `shape`, what happens to its values, in order: {cap: 2}, {dither: 0.05}, negate,"
+    )
+    print("  {sigmoid: {center: 0, scale: 1}} or {par: {k: 1}} (how often it beats reference pictures).")
     needed = [f"{option.name}: ..." for option in options if option.default is option.empty and option.name not in implied]
     value = "{" + ", ".join(["weight: 1", *needed]) + "}" if needed else "1"
-    print(f"\n  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
+    print(f"  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
     return 0
 
 
