@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,24 @@ def recipe_of(name: str, *overrides: str) -> Recipe:
     return load_recipe("quickstart" if name == "grpo" else f"tiny-{name}", overrides)
 
 
-def train(name: str, seed: int, out: Path, max_minutes: float) -> Path:
-    """One run, or the rest of one."""
-    folder = out / f"{name}-{seed}"
-    options = [f"seed={seed}", f"output_dir={folder}", "eval_steps=0", "report_to=none"]
+def train(
+    name: str,
+    seed: int,
+    out: Path,
+    max_minutes: float,
+    *overrides: str,
+    label: str | None = None,
+    hooks: Sequence[Callable[..., None]] = (),
+) -> Path:
+    """One run, or the rest of one, in a folder named after the label, by default the objective's name."""
+    folder = out / f"{label or name}-{seed}"
+    options = [f"seed={seed}", f"output_dir={folder}", "eval_steps=0", "report_to=none", *overrides]
     recipe = recipe_of(name, *options)
     if checkpoints(folder):
         recipe.resume_from_checkpoint = "latest"
     before = json.loads(kept.read_text())["minutes"] if (kept := folder / "facts.json").is_file() else 0.0
     started = time.process_time()
-    trainer = Trainer(recipe, hooks=[ending_at(started + 60 * (max_minutes - before))])
+    trainer = Trainer(recipe, hooks=[*hooks, ending_at(started + 60 * (max_minutes - before))])
     if trainer.progress.step < recipe.max_steps and before < max_minutes:
         trainer.train()
     facts = {
@@ -67,6 +76,12 @@ def train(name: str, seed: int, out: Path, max_minutes: float) -> Path:
     }
     kept.write_text(json.dumps(facts) + "\n")
     return folder
+
+
+def clear_false_start(folder: Path) -> None:
+    """Remove what a run left that was killed before its first checkpoint."""
+    if (folder / "metrics.jsonl").exists() and not checkpoints(folder):
+        shutil.rmtree(folder)
 
 
 def ending_at(deadline: float) -> Callable[..., None]:
