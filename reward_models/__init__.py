@@ -36,6 +36,12 @@ REWARDS: dict[str, str] = {
     "image_reward": f"{_HERE}.image_reward:ImageReward",
     "aesthetic": f"{_HERE}.preference:Aesthetic",
     "preference": f"{_HERE}.preference:PreferenceModel",
+    # -- clips
+    "dynamic_degree": f"{_HERE}.video:DynamicDegree",
+    "subject_consistency": f"{_HERE}.video:SubjectConsistency",
+    "background_consistency": f"{_HERE}.video:BackgroundConsistency",
+    "temporal_flicker": f"{_HERE}.video:TemporalFlicker",
+    "motion_smoothness": f"{_HERE}.video:MotionSmoothness",
     # -- judges
     "judge": f"{_HERE}.judge:YesNo",
     "pairwise": f"{_HERE}.judge:Pairwise",

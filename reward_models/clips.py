@@ -32,6 +32,12 @@ def rate_of(samples: Samples, fps: float | None, name: str) -> float:
     return float(rate)
 
 
+def chunked(function: Callable[[Tensor], Tensor], clips: Tensor, pictures: int = 64) -> Tensor:
+    """A function of clips (n, F, 3, H, W) -> (n, ...), a few clips at a time so that long ones fit: (N, ...) fp32."""
+    parts = [function(part) for part in clips.split(max(1, pictures // clips.shape[1]))]
+    return torch.cat(parts).float() if parts else torch.zeros(0)
+
+
 class Once:
     """A function of samples whose last result is kept for as long as its samples are: rewards side by side read it once.
 
