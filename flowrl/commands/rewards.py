@@ -7,6 +7,10 @@ from typing import Any
 
 from flowrl.commands.common import command, positive, quiet_libraries, whole
 
+OF_ALL = """\
+Every reward also takes `weight`, and `shape`, what happens to its values, one or several in order: {cap: 2}, {dither: 0.05},
+negate, {sigmoid: {center: 0, scale: 1}}, {par: {k: 1}} (how often it beats reference pictures)."""
+
 
 def add(commands: Any) -> None:
     rewards = command(commands, "rewards", run_rewards, "list the rewards, or explain one")
@@ -44,13 +48,10 @@ def run_rewards(arguments: argparse.Namespace) -> int:
     options = [] if not inspect.isclass(found) else list(inspect.signature(found).parameters.values())
     print("\n\n".join(part for part in (arguments.name, inspect.cleandoc(found.__doc__ or "")) if part), end="\n\n")
     print_options(found, implied)
-    print(
-        "\n  Every reward also takes `weight`, and `shape`, what happens to its values, in order: {cap: 2}, {dither: 0.05}, negate,"
-    )
-    print("  {sigmoid: {center: 0, scale: 1}} or {par: {k: 1}} (how often it beats reference pictures).")
+    print(("\n" if options else "") + OF_ALL)
     needed = [f"{option.name}: ..." for option in options if option.default is option.empty and option.name not in implied]
     value = "{" + ", ".join(["weight: 1", *needed]) + "}" if needed else "1"
-    print(f"  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
+    print(f"\n  flowrl train quickstart rewards.{arguments.name}={shlex.quote(value)}")
     return 0
 
 
