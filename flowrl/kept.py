@@ -33,6 +33,8 @@ class Kept:
     def __init__(
         self, out: Path, models: Sequence[str], prompts: Sequence[Prompt], protocol: Protocol, batch_size: int | None = None
     ):
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--pictures {out} is a file: name a folder")
         call = dict(protocol.call)
         self.out, self.prompts, self.protocol, self.batch_size = out, list(prompts), protocol, batch_size
         self.settings = Settings(
