@@ -127,7 +127,7 @@ def said_of(found: Any) -> str:
 
 def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) -> tuple[Any, list[Any], str]:
     """Every model under the protocol of the first one's defaults, as cells; with tables of the comparison."""
-    from flowrl.evaluate import comparison_rows, score_rows
+    from flowrl.comparison import Comparison, score_tables
     from flowrl.gallery import Cell, Table
     from flowrl.gallery.inputs import Inputs, trained_on
     from flowrl.reward_models.base import to_pil
@@ -156,13 +156,8 @@ def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) ->
             kind = prompt.columns.get("kind")
             found.cells.append(Cell(result.model, prompt.text, s, picture, scores, None if kind is None else str(kind), details))
     base = results[0]
-    tables = [
-        Table(f"{other.model} against {base.model}: {reward}", *comparison_rows(base, other, reward))
-        for other in results[1:]
-        for reward in base.rewards
-    ]
-    if len(results) == 1:
-        tables = [Table(base.model, *score_rows(base))]
+    compared = [table for other in results[1:] for table in Comparison.of(base, other).tables()] or score_tables(results)
+    tables = [Table(table.title, table.header, table.rows) for table in compared]
     shared = base.protocol
     subtitle = f"{len(base.prompts)} {shared.prompts} prompts, {shared.seeds} seeds, {shared.num_inference_steps} ODE steps"
     return found, tables, subtitle
