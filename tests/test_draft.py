@@ -106,10 +106,11 @@ def test_runs(recipe, tmp_path, name):
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_low_variance_runs(recipe, tmp_path):
+@pytest.mark.parametrize("name", ["sd15", "sd3", "wan"])
+def test_low_variance_runs(recipe, tmp_path, name):
     """The final latents are noised to the recipe's times, twice; the metric says where."""
     options = ["objective=draft_lv", "times={name: uniform, count: 2, low: 0.2, high: 0.4}"]
-    trainer, rows = short_run(recipe, tmp_path, *options)
+    trainer, rows = short_run(recipe, tmp_path, *options, name=name)
     (batch,) = trainer.rollout(5)
     points = [point for point, _ in trainer.points(batch)]
     assert not batch.steps and len(points) == 2 and all(0.2 <= float(t) <= 0.4 for point in points for t in point.t)

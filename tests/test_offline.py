@@ -153,6 +153,8 @@ def test_pictures_are_encoded_once_and_kept_up_to_a_limit(pictures, monkeypatch)
     ("rows", "message"),
     [
         ([{"prompt": "a", "chosen": "red.png", "rejected": "gone.png"}], r"pairs.jsonl, line 1: there is no picture .*gone\.png"),
+        ([{"prompt": "red.png", "chosen": "a cat", "rejected": "blue.png"}], r"line 1: there is no picture .*a cat"),  # swapped
+        ([{"prompt": "a", "jpg_0": 1, "jpg_1": "red.png", "label_0": "blue.png"}], "line 1: a picture is a path, .*not int"),
         ([{"prompt": "a", "chosen": "red.png", "refused": "blue.png"}], "line 1: has no pair of pictures"),
         ([{"prompt": "a", "chosen": "red.png", "rejected": "blue.png"}, {"chosen": "red.png"}], 'line 2: wants a text "prompt"'),
         ([{"prompt": "a", "jpg_0": "red.png", "jpg_1": "blue.png", "label_0": 1, "label_1": 1}], "line 1: .* must sum to 1"),

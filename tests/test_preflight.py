@@ -138,6 +138,15 @@ def test_a_reference_that_is_not_where_the_policy_starts(make):
         trainer.step()
 
 
+@pytest.mark.parametrize("objective", ["objective={name: grpo, beta: 0.1}", "objective=dgpo"])
+def test_a_reference_that_is_the_policy_itself(make, objective):
+    """The copy shares its memory with the weights that train: the KL would stay 0, DPO's loss ln 2, for ever."""
+    trainer = make("train=full", objective)
+    trainer.policy.snapshots["reference"] = {key: p.data for key, p in trainer.policy.trainable().items()}
+    with pytest.raises(CheckFailed, match="changes the reference too: it is the policy itself, and holds nothing back"):
+        trainer.step()
+
+
 # ------------------------------------------------------------------------------------------------ gradient
 
 

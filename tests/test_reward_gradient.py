@@ -15,7 +15,7 @@ from flowrl.samplers.flow import x0_from
 from flowrl.train.objectives import R0, DRaFT
 from flowrl.train.predict import PolicyPredict
 from flowrl.train.scoring import Scoring
-from tests.objectives import Fixed, make_nodes, short_run
+from tests.objectives import Fixed, finite_difference, make_nodes, short_run
 from tests.test_draft import linear
 
 # ------------------------------------------------------------------------------------------------ the method
@@ -63,6 +63,24 @@ def test_each_reward_pulls_with_norm_one():
         both, r = pull(lambda x0, scale=scale: torch.stack([bent(x0), scale * other(x0)], 1))
         torch.testing.assert_close(both, -(unit[bent] + unit[other]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(r, bent(x0) + scale * other(x0))
+
+
+def test_gradient_against_finite_differences():
+    """With one reward: that of the reward at the end of the chain in the weight a of v = a x, over the norm that the reward's own
+    gradient has there. Two samples: each over its own norm."""
+    step = node()
+    x0 = (step.x * (1 - 0.4 / 4) ** 2).requires_grad_()
+    (g,) = torch.autograd.grad(bent(x0).sum(), x0)
+    norm = g.flatten(1).norm(dim=1)
+
+    def value(a):
+        if not torch.is_grad_enabled():
+            return -bent(step.x * (1 - a / 4) ** 2) / norm
+        return R0(eta=0.0).loss(Fixed(linear(a), reward=bent), step, torch.zeros(2)).values
+
+    exact, numeric = finite_difference(value, torch.tensor([0.4]))
+    torch.testing.assert_close(exact, numeric, rtol=1e-3, atol=1e-4)
+    assert float(exact.abs()) > 1e-2
 
 
 def test_cap_and_abstention():

@@ -9,7 +9,7 @@ from flowrl.reward_models.base import Traits
 from flowrl.samplers.flow import x0_from
 from flowrl.train.objectives import DRaFT, Sparse
 from flowrl.train.predict import PolicyPredict
-from tests.objectives import Fixed, make_nodes, short_run
+from tests.objectives import Fixed, finite_difference, make_nodes, short_run
 from tests.test_draft import linear, total
 
 NODES = ("objective=sparse", "steps=spread", "steps.size=2")
@@ -53,6 +53,25 @@ def test_all_nodes_and_a_velocity_without_x_is_full_backpropagation():
     given = Fixed(by_time(a), reward=curved, steps=steps, final=final)
     torch.testing.assert_close(separate(Sparse(), given, steps, a), b.grad)
     assert b.grad.abs().min() > 1e-3
+
+
+def test_gradient_against_finite_differences():
+    """Of the reward of the whole chain, where the velocities do not depend on x: v_i = a_i^2 everywhere."""
+
+    def end(a):
+        return make_nodes(lambda at: a[int(4 * (1 - float(at.t[0])))] ** 2 * torch.ones(2, 3, 2), [0, 1, 2, 3])
+
+    def value(a):
+        if not torch.is_grad_enabled():
+            return -curved(end(a)[1])
+        steps, final = end(a.detach())
+        given = Fixed(lambda at: a[int(4 * (1 - at.t))] ** 2 * torch.ones(2, 3, 2), reward=curved, steps=steps, final=final)
+        return torch.stack([Sparse().loss(given, step, torch.zeros(2)).values / 4 for step in steps])
+
+    torch.manual_seed(0)
+    exact, numeric = finite_difference(value, torch.randn(4))
+    torch.testing.assert_close(exact, numeric, rtol=1e-3, atol=1e-3)
+    assert exact.abs().min() > 1e-2
 
 
 def test_what_a_node_stands_for():
