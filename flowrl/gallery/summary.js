@@ -20,7 +20,7 @@ function drawProblems() {
 }
 
 function drawTables() {
-  const numeric = /^[▲▼=+−<>~≈±\s-]*\d[\d\s.,%±+−×x()[\]▲▼–-]*$|^[–-]?$/;
+  const numeric = /^[▲▼=+−<>~≈±\s-]*\d(?: to |[\d\s.,%±+−×x()[\]▲▼–-])*$|^[–-]?$/;
   for (const table of data.tables) {
     const side = table.header.map((_, i) => (i && table.rows.every((row) => numeric.test(row[i])) ? "number" : ""));
     const toneOf = (text) => ({ "▲": " up", "▼": " down" })[text[0]] ?? "";
