@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flowrl.gallery import Cell, Table, write_gallery
+from flowrl.gallery import Cell, Film, Frame, Table, write_gallery
 from tests.gallery import HOSTILE, ROWS, cell, example_cells, page_data, shape_picture, tree
 
 
@@ -109,6 +109,103 @@ def test_every_mode_of_picture_can_be_written(tmp_path, mode):
     picture = shape_picture(0, size=520).convert(mode)
     page = write_gallery(tmp_path / "g", [cell(image=picture)], title="T")
     assert len(tree(page.parent)) == 3
+
+
+def clip(count: int, size: int = 40) -> list[Image.Image]:
+    """Frames whose red is 10 times their number."""
+    return [Image.new("RGB", (size, size // 2), (10 * i, 0, 0)) for i in range(count)]
+
+
+def test_frames_of_a_clip_lie_in_one_picture_and_the_original_is_animated(tmp_path):
+    """7 frames of 40 x 20: three columns, three lines, 120 x 60 pixels."""
+    page = write_gallery(tmp_path / "g", [cell(image=clip(7), frame_ms=50)], title="T")
+    drawn = page_data(page)["prompts"][0]["sets"][0]["cells"][0]
+    assert (drawn["width"], drawn["height"]) == (40, 20)
+    assert drawn["frames"] == {"file": drawn["frames"]["file"], "count": 7, "columns": 3, "ms": 50}
+    sheet = Image.open(page.parent / drawn["frames"]["file"])
+    assert sheet.size == (120, 60)
+    assert [sheet.getpixel((40 * (i % 3) + 20, 20 * (i // 3) + 10)) for i in range(7)] == [(10 * i, 0, 0) for i in range(7)]
+    original = Image.open(page.parent / drawn["image"])
+    assert original.n_frames == 7 and original.info["duration"] == 50
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif", ".png"])
+def test_animated_files_are_clips_at_an_even_pace(tmp_path, suffix):
+    """Frames of 100, 200 and 100 ms: four of 100 ms, the second twice."""
+    file = tmp_path / f"clip{suffix}"
+    first, *rest = clip(3)
+    options = {"lossless": True} if suffix == ".webp" else {}
+    first.save(file, save_all=True, append_images=rest, duration=[100, 200, 100], loop=0, **options)
+    page = write_gallery(tmp_path / "g", [cell(image=file)], title="T")
+    drawn = page_data(page)["prompts"][0]["sets"][0]["cells"][0]
+    assert (drawn["frames"]["count"], drawn["frames"]["ms"]) == (4, 100)
+    sheet = Image.open(page.parent / drawn["frames"]["file"]).convert("RGB")
+    assert [sheet.getpixel((40 * (i % 2) + 20, 20 * (i // 2) + 10))[0] for i in range(4)] == [0, 10, 10, 20]
+    assert (page.parent / drawn["image"]).read_bytes() == file.read_bytes()
+
+
+def test_long_clips_are_reduced(tmp_path):
+    """100 frames of 1024 x 512 hold 52 million pixels; those kept at most 2^23, as JPEG."""
+    page = write_gallery(tmp_path / "g", [cell(image=[Image.new("RGB", (1024, 512))] * 100)], title="T")
+    drawn = page_data(page)["prompts"][0]["sets"][0]["cells"][0]
+    sheet = Image.open(page.parent / drawn["frames"]["file"])
+    assert sheet.format == "JPEG" and sheet.width * sheet.height <= 1.02 * (1 << 23)
+    assert sheet.width // 10 <= 512
+
+
+def test_photos_stand_upright(tmp_path):
+    """A camera that was turned: stored 300 x 200 with orientation 6, shown 200 x 300."""
+    photo = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 200)).save(photo, exif=exif)
+    drawn = page_data(write_gallery(tmp_path / "g", [cell(image=photo)], title="T"))["prompts"][0]["sets"][0]["cells"][0]
+    assert (drawn["width"], drawn["height"]) == (200, 300)
+
+
+def test_films_checkpoints_and_held_out_rewards(tmp_path):
+    """A film's numbers stand by position in its own rewards; a step without a reward has null there."""
+    frames = [Frame(1, [cell("r", rewards={"a": 0.5})], {"a": 0.4}), Frame(9, [cell("r", rewards={"b": 1.0})], {"b": 0.9})]
+    cells = [cell("base", rewards={"a": 0.1, "c": 0.2}), cell("r/checkpoint-9")]
+    page = write_gallery(
+        tmp_path / "g", cells, title="T", films=[Film("r", frames)], checkpoints={"r/checkpoint-9": ("r", 9)}, trained=["a"]
+    )
+    data = page_data(page)
+    assert data["models"] == [{"name": "base"}, {"name": "r/checkpoint-9", "run": "r", "step": 9}]
+    assert data["rewards"] == [{"name": "a", "heldOut": False}, {"name": "c", "heldOut": True}]
+    [film] = data["films"]
+    assert film["rewards"] == ["a", "b"]
+    assert [frame["means"] for frame in film["frames"]] == [[0.4, None], [None, 0.9]]
+    assert [frame["cells"][0]["rewards"] for frame in film["frames"]] == [[0.5, None], [None, 1.0]]
+    assert all((page.parent / frame["cells"][0]["image"]).is_file() for frame in film["frames"])
+
+
+def test_a_gallery_is_known_by_its_pictures(tmp_path):
+    """Votes belong to pictures: another title keeps them, other pixels or another prompt do not."""
+    ids = [
+        page_data(write_gallery(tmp_path / str(i), [cell(**changes)], title=title))["id"]
+        for i, (title, changes) in enumerate([("a", {}), ("b", {}), ("a", {"image": shape_picture(9)}), ("a", {"prompt": "b"})])
+    ]
+    assert ids[0] == ids[1] and len(set(ids)) == 3
+
+
+def test_seeds_beyond_a_browsers_whole_numbers_are_text(tmp_path):
+    seeds = [(1 << 53) - 1, 1 << 53, 1 << 61]
+    sets = page_data(write_gallery(tmp_path / "g", [cell(seed=seed) for seed in seeds], title="T"))["prompts"][0]["sets"]
+    assert [s["seed"] for s in sets] == [seeds[0], str(seeds[1]), str(seeds[2])]
+
+
+def test_problems_name_the_place_of_every_picture_that_is_not_there(tmp_path):
+    film = Film("run", [Frame(3, [cell(image=tmp_path / "gone.png")], {})])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    cells = [cell("m", seed=4, image=tmp_path / "lost.png"), cell("m", seed=5, image=tmp_path / "empty.mp4")]
+    page = write_gallery(tmp_path / "g", cells, title="T", films=[film], problems=["a line"])
+    assert page_data(page)["problems"] == [
+        "a line",
+        "Missing file: lost.png (m, seed 4: a red circle)",
+        "Unreadable file: empty.mp4 (m, seed 5: a red circle)",
+        "Missing file: gone.png (run, step 3)",
+    ]
 
 
 def test_an_empty_gallery_is_a_page(tmp_path):

@@ -57,15 +57,17 @@ function clipBox(cell, alt, lazy) {
 
 function videoBox(cell, alt) {
   const video = el("video", { muted: true, playsInline: true, preload: "auto", "aria-label": alt, src: cell.image });
+  const known = () => Number.isFinite(video.duration);
   video.onerror = () => lose(video, cell.image);
+  video.onloadedmetadata = () => { video.loop = !known(); }; // a recording without a length keeps its own time
   watchClip(video, {
-    length: () => (Number.isFinite(video.duration) ? 1000 * video.duration : 0),
+    length: () => (known() ? 1000 * video.duration : 0),
     show(time) {
-      const at = Math.min(time / 1000, Math.max(0, (video.duration || 0) - 0.01));
-      const drift = Math.abs(video.currentTime - at);
-      if (playing.on && video.paused) video.play().catch(() => {});
+      const at = Math.min(time / 1000, video.duration - 0.01);
+      if (playing.on && video.paused && !video.ended) video.play().catch(() => {});
       if (!playing.on && !video.paused) video.pause();
-      if (drift > (playing.on ? 0.15 : 0.02) && !video.seeking) video.currentTime = at;
+      const late = Math.abs(video.currentTime - at) > (playing.on ? 0.15 : 0.02);
+      if (known() && late && !video.seeking) video.currentTime = at;
     },
   });
   return video;

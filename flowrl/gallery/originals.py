@@ -40,7 +40,7 @@ class Strip:
 Source = Image.Image | Sequence[Image.Image] | Path | Strip
 
 THUMBNAIL = 512  #: Longer side in pixels; larger originals get a thumbnail for the grid.
-FRAMES_PIXELS = 16 << 20  #: All frames of a clip together; they are reduced to this.
+FRAMES_PIXELS = 8 << 20  #: All frames of a clip together; they are reduced to this.
 MOST_FRAMES = 240
 EXACT = 128  #: Pictures up to this side are shown pixel by pixel, so their frames are stored without loss.
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif"}  #: Files that browsers show: copied unchanged.
