@@ -2,7 +2,7 @@
 
     RUN/recipe.yaml  environment.json  metrics.jsonl  alarms.jsonl  README.md  tracker/
     RUN/samples/step-000010/{0000.png, ..., samples.jsonl}
-    RUN/watch/step-000031-hacking.png
+    RUN/watch/step-000031.png
     RUN/checkpoint-50/{pytorch_lora_weights.safetensors | model/, training_state/}
     RUN/{pytorch_lora_weights.safetensors | model/}                         the result: averaged weights
 

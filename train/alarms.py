@@ -50,6 +50,7 @@ class Kind:
 #: The series that are watched in every run. Of LOOKS the option `change` is in the place of `least`.
 KINDS: dict[str, Kind] = {
     "reward": Kind("train reward", "deviations", 0.1),
+    "brightness": Kind("brightness", "points", 0.2),
     "dark": Kind("dark pixels", "points", 0.2),
     "edges": Kind("edge density", "factor", 1.5),
     "colours": Kind("colour entropy", "factor", 1.5),
@@ -61,7 +62,7 @@ KINDS: dict[str, Kind] = {
     "zero_variance": Kind("groups without variance", "points", 0.2),
     "clipped": Kind("updates beyond the trust region", "points", 0.2),
 }
-LOOKS = ("dark", "edges", "colours", "saturation", "high_frequency")
+LOOKS = ("brightness", "dark", "edges", "colours", "saturation", "high_frequency")
 #: Shares of groups, or of updates, from which on these signs are an alarm.
 MANY_FLAT, MANY_CLIPPED = 0.7, 0.9
 
@@ -98,19 +99,23 @@ class Alarm:
 
     @property
     def text(self) -> str:
-        return f"{', '.join(sign.text for sign in self.signs)}: {ALARMS[self.name]}"
+        return f"{', '.join(sign.text for sign in self.signs)}: {ALARMS[self.name][0]}"
+
+    @property
+    def advice(self) -> str:
+        return ALARMS[self.name][1]
 
 
-#: What each alarm says after its signs.
+#: What each alarm says after its signs, and what to try.
 ALARMS = {
-    "hacking": "likely hacking (other rewards, a pull to the base model, fewer steps)",
-    "possible_hacking": "hacking? Look at the pictures, and name held-out rewards (eval_rewards)",
-    "collapse": "mode collapse, the pictures of one prompt become alike (a pull to the base model, a lower learning_rate)",
-    "sameness": "mode collapse, different prompts draw the same (a pull to the base model, a reward that reads the prompt)",
-    "over_optimisation": "over-optimisation, beyond the scale of the model (a lower learning_rate, a pull to the base model)",
-    "falling": "training makes it worse (a lower learning_rate, larger groups)",
-    "no_signal": "most groups teach nothing any more (harder prompts, a finer reward)",
-    "clipping": "most updates do nothing (a lower learning_rate, fewer updates_per_step)",
+    "hacking": ("likely hacking", "another reward beside this one, a pull to the base model (objective.beta, kl), fewer steps"),
+    "possible_hacking": ("hacking?", "look at the pictures, and name rewards that are not trained on (eval_rewards)"),
+    "collapse": ("mode collapse, the pictures of one prompt become alike", "a pull to the base model, a lower learning_rate"),
+    "sameness": ("mode collapse, all prompts draw the same", "a reward that reads the prompt, a pull to the base model"),
+    "over_optimisation": ("over-optimisation, beyond the scale of the model", "a lower learning_rate, a pull to the base model"),
+    "falling": ("training makes it worse", "a lower learning_rate, larger groups, more prompts_per_step"),
+    "no_signal": ("most groups teach nothing any more", "harder prompts, a finer reward"),
+    "clipping": ("most updates do nothing", "a lower learning_rate, fewer updates_per_step"),
 }
 
 Signs = Mapping[tuple[str, bool], Sign]

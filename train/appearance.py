@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: What `statistics` measures, in its order.
-STATISTICS = ("dark", "edges", "colours", "saturation", "high_frequency")
+STATISTICS = ("brightness", "dark", "edges", "colours", "saturation", "high_frequency")
 LUMA = (0.2126, 0.7152, 0.0722)  #: Rec. 709, on the values as they are.
 DARK = 0.1  #: Luma below which a pixel is dark.
 EDGE = 0.1  #: Change of luma from one pixel to the next above which there is an edge.
@@ -29,16 +29,18 @@ def frames(images: Tensor) -> Tensor:
 
 
 def statistics(images: Tensor) -> Tensor:
-    """(N, 5) fp32, the STATISTICS of pictures (N, 3, H, W) in [0, 1].
+    """(N, 6) fp32, the STATISTICS of pictures (N, 3, H, W) in [0, 1].
 
-    dark: share of dark pixels. edges: share of pixels at an edge. colours: entropy of 4 x 4 x 4 colours in bits, 0 to 6.
-    saturation: mean of largest less smallest channel. high_frequency: root mean square of luma less its mean over 3 x 3 pixels.
+    brightness: mean luma. dark: share of dark pixels. edges: share of pixels at an edge. colours: entropy of 4 x 4 x 4 colours in
+    bits, 0 to 6. saturation: mean of largest less smallest channel. high_frequency: root mean square of luma less its mean over
+    3 x 3 pixels.
     """
     images = images.float()
     luma = torch.einsum("nchw,c->nhw", images, torch.tensor(LUMA, device=images.device))
     right, down = luma[:, :-1, 1:] - luma[:, :-1, :-1], luma[:, 1:, :-1] - luma[:, :-1, :-1]
     fine = luma[:, 1:-1, 1:-1] - F.avg_pool2d(luma.unsqueeze(1), 3, 1).squeeze(1)
     values = {
+        "brightness": luma.mean((1, 2)),
         "dark": (luma < DARK).float().mean((1, 2)),
         "edges": (right.square() + down.square() > EDGE**2).float().mean((1, 2)),
         "colours": entropy(images),
@@ -59,7 +61,7 @@ def entropy(images: Tensor) -> Tensor:
 
 
 def described(images: Tensor, chunk: int = 16) -> tuple[Tensor, Tensor]:
-    """(N, 5) the statistics, means over a clip's frames, and (N, d) the pixels of thumbnails. images: (N, (F,) 3, H, W).
+    """(N, 6) the statistics, means over a clip's frames, and (N, d) the pixels of thumbnails. images: (N, (F,) 3, H, W).
 
     chunk: how many at a time, so that large pictures need little memory.
     """

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flowrl.evaluate import Evaluation
     from flowrl.train.trainer import Trainer
 
+DISTANCE = 5  #: Steps between measurements of the distance to the base, where the objective has no KL.
 PROMPTS, EACH = 4, 4  #: Prompts of an alarm's sheet, and pictures of each, before and now.
 SHOWN = 192  #: Pixels of their shorter side, at most.
 
@@ -120,7 +121,8 @@ class Watch:
         norms = {name: value for name, value in metrics.items() if name.startswith("watch/velocity_norm/")}
         if norms:
             own["velocity"] = sum(value / self.norms.setdefault(name, value) for name, value in norms.items()) / len(norms)
-        if "kl" not in metrics and (trainer.policy.has_lora or "reference" in trainer.policy.snapshots):
+        known = trainer.policy.has_lora or "reference" in trainer.policy.snapshots
+        if "kl" not in metrics and known and trainer.progress.step % DISTANCE == 1:
             own["distance"] = distance(trainer, batch)
         series = {name: value for name, value in own.items() if name != "distance"}
         clipped = [value for name, value in metrics.items() if name.startswith("clip_ratio/")]
@@ -186,26 +188,25 @@ class Watch:
 
     def judge(self, trainer: Trainer, metrics: Mapping[str, float]) -> dict[str, float]:
         """Raise the alarms of this step, each at most once in a run. Returns metrics."""
-        for alarm in alarms_of(self.signs()):
-            if alarm.name not in (*self.raised, *self.options.ignore):
-                self.raised.append(alarm.name)
-                self._raise(trainer, alarm, metrics)
+        alarms = [alarm for alarm in alarms_of(self.signs()) if alarm.name not in (*self.raised, *self.options.ignore)]
+        self.raised += [alarm.name for alarm in alarms]
+        if alarms and self.options.action != "warn":
+            self.ending, self.since = self.options.action, min(alarm.since for alarm in alarms)
+        if alarms and trainer.is_main:
+            far = metrics.get("kl", metrics.get("watch/distance"))
+            self._tell(trainer, alarms, "" if far is None else f"; KL to the base {far:.3g}")
         return {"watch/alarms": float(len(self.raised))}
 
-    def _raise(self, trainer: Trainer, alarm: Alarm, metrics: Mapping[str, float]) -> None:
-        step, action = trainer.progress.step, self.options.action
-        if action != "warn":
-            self.ending, self.since = action, min(alarm.since, self.since or alarm.since)
-        if not trainer.is_main:
-            return
-        sheet = self._sheet(trainer, alarm)
-        far = {name: metrics[key] for name, key in (("KL", "kl"), ("distance", "watch/distance")) if metrics.get(key) is not None}
-        text = alarm.text + "".join(f"; {name} to the base {value:.3g}" for name, value in far.items())
-        if self._file is not None:
-            signs = [{"series": sign.series, "text": sign.text, **asdict(sign.drift)} for sign in alarm.signs]
-            row = {"alarm": alarm.name, "text": text, "since": alarm.since, "action": action, "pictures": None, "signs": signs}
-            self._file.append(step, {**row, **({} if sheet is None else {"pictures": str(sheet.relative_to(trainer.folder))})})
-        say(f"ALARM in step {step}: {text}" + ("" if sheet is None else f"\n  before and now: {sheet}"))
+    def _tell(self, trainer: Trainer, alarms: list[Alarm], far: str) -> None:
+        """A line and a row for each alarm, and a sheet for all of a step."""
+        step, sheet = trainer.progress.step, self._sheet(trainer, [alarm.text for alarm in alarms])
+        for alarm in alarms:
+            say(f"ALARM in step {step}: {alarm.text}{far}" + ("" if sheet is None else f" ({sheet})"))
+            if self._file is not None:
+                row = {"alarm": alarm.name, "text": alarm.text + far, "advice": alarm.advice, "since": alarm.since}
+                row["pictures"] = None if sheet is None else str(sheet.relative_to(trainer.folder))
+                row["signs"] = [{"series": sign.series, "text": sign.text, **asdict(sign.drift)} for sign in alarm.signs]
+                self._file.append(step, row)
 
     # ------------------------------------------------------------------------------------------------ pictures
 
@@ -214,7 +215,7 @@ class Watch:
         rows = [i for own in samples.by_group()[:PROMPTS] for i in own[:EACH].tolist()]
         self.start = {"rows": rows, "prompts": [samples.texts[i] for i in rows], "pictures": small(samples, rows)}
 
-    def _sheet(self, trainer: Trainer, alarm: Alarm) -> Path | None:
+    def _sheet(self, trainer: Trainer, texts: list[str]) -> Path | None:
         """The pictures of the first step, beside what the weights of now draw for the same prompts from the same noise."""
         if not self.start:
             return None
@@ -231,19 +232,20 @@ class Watch:
         count = max(map(len, of))
         cells = [[Cell(own[i][side] if i < len(own) else None) for side in (0, 1) for i in range(min(count, EACH))] for own in of]
         columns = [(name, "") for name in ("the first step", f"step {step}, same noise") for _ in range(min(count, EACH))]
-        place = trainer.folder / "watch" / f"step-{step:06d}-{alarm.name}.png"
+        place = trainer.folder / "watch" / f"step-{step:06d}.png"
         place.parent.mkdir(exist_ok=True)
         with record.writing(place):
-            contact_sheet(prompts, columns, cells, alarm.text).save(place)
+            contact_sheet(prompts, columns, cells, "; ".join(texts)).save(place)
         return place
 
     # ------------------------------------------------------------------------------------------------ ending
 
     def end(self, trainer: Trainer) -> None:
         """What `action` says, once the loop has ended for it."""
-        if self.ending == "stop":
-            trainer.is_main and say(f"Stopped after step {trainer.progress.step}: watch.action=stop.")
-        elif self.ending == "rollback":
+        ending = agreed(trainer, self.ending)
+        if ending == "stop" and trainer.is_main:
+            say(f"Stopped after step {trainer.progress.step}: watch.action=stop")
+        elif ending == "rollback":
             self._roll_back(trainer)
 
     def _roll_back(self, trainer: Trainer) -> None:
@@ -253,10 +255,11 @@ class Watch:
         sound = [place for place in places if step_of(place) < since - 1]
         chosen = agreed(trainer, str(sound[-1]) if sound else None)
         if chosen is None:
-            trainer.is_main and say(
-                f"Stopped after step {stopped}. watch.action=rollback found no checkpoint from before step {since - 1}: "
-                "lower checkpointing_steps, raise checkpoints_total_limit"
-            )
+            if trainer.is_main:
+                say(
+                    f"Stopped after step {stopped}: watch.action=rollback found no checkpoint from before step {since - 1}; "
+                    "lower checkpointing_steps, raise checkpoints_total_limit"
+                )
             return
         trainer.restore(Path(chosen))
         trainer.accelerator.wait_for_everyone()
@@ -267,7 +270,7 @@ class Watch:
                 place.rename(place.with_name(f"{place.name}-rolled-back"))
         text = f"rolled back from step {stopped} to {Path(chosen).name}, from before the signs (step {since})"
         if self._file is not None:
-            self._file.append(stopped, {"alarm": "rollback", "text": text, "since": since, "action": "rollback"})
+            self._file.append(stopped, {"alarm": "rollback", "text": text, "since": since})
         say(f"{text[0].upper()}{text[1:]}. Later checkpoints are named *-rolled-back.")
 
     # ------------------------------------------------------------------------------------------------ state
