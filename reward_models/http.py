@@ -20,7 +20,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from urllib.parse import urlsplit
 
 from flowrl.reward_models.base import RewardError
@@ -50,37 +50,32 @@ class _Attempt(Exception):
         self.fix, self.status, self.passing, self.wait = fix, status, passing, wait
 
 
-def post_json(
-    url: str,
-    body: Any,
-    *,
-    headers: dict[str, str] | None = None,
-    timeout: float = 60.0,
-    retries: int = 4,
-    backoff: float = 0.5,
-    max_bytes: int = 64 << 20,
-) -> Any:
+class How(TypedDict, total=False):
+    """How a request is made."""
+
+    headers: dict[str, str]
+    timeout: float  #: Seconds of one attempt, 60 by default.
+    retries: int  #: Further attempts, 4 by default.
+    #: Seconds before the second attempt, 0.5 by default, doubled each time up to 30 and jittered by half. A Retry-After of the
+    #: server is waited for.
+    backoff: float
+    max_bytes: int  #: Of the answer, 64 MiB by default.
+
+
+def post_json(url: str, body: Any, **how: Unpack[How]) -> Any:
     """The JSON that `url` answers to `body` (sent as JSON), after at most `retries` further attempts.
 
-    timeout: seconds of one attempt. backoff: seconds before the second attempt, doubled each time up to 30 and jittered by half;
-    a Retry-After of the server is waited for. max_bytes: of the answer. Raises HttpError (a RewardError) with the address, the
-    cause and the fix; ValueError for an address that is not http(s), TypeError or ValueError for a body that is not JSON.
+    Raises HttpError (a RewardError) with the address, the cause and the fix; ValueError for an address that is not http(s),
+    TypeError or ValueError for a body that is not JSON.
     """
     data = json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-    return _retried(url, data, {"Content-Type": "application/json", **(headers or {})}, timeout, retries, backoff, max_bytes)
+    how["headers"] = {"Content-Type": "application/json", **how.get("headers", {})}
+    return _retried(url, data, **how)
 
 
-def get_json(
-    url: str,
-    *,
-    headers: dict[str, str] | None = None,
-    timeout: float = 60.0,
-    retries: int = 4,
-    backoff: float = 0.5,
-    max_bytes: int = 64 << 20,
-) -> Any:
+def get_json(url: str, **how: Unpack[How]) -> Any:
     """As post_json, without a body."""
-    return _retried(url, None, headers or {}, timeout, retries, backoff, max_bytes)
+    return _retried(url, None, **how)
 
 
 def check_url(url: str) -> str:
@@ -132,13 +127,19 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 def _retried(
-    url: str, data: bytes | None, headers: dict[str, str], timeout: float, retries: int, backoff: float, limit: int
+    url: str,
+    data: bytes | None,
+    headers: dict[str, str] | None = None,
+    timeout: float = 60.0,
+    retries: int = 4,
+    backoff: float = 0.5,
+    max_bytes: int = 64 << 20,
 ) -> Any:
-    opener = _opener(check_url(url))
+    opener, headers = _opener(check_url(url)), headers or {}
     start = time.monotonic()
     for attempt in range(retries + 1):
         try:
-            return _once(opener, urllib.request.Request(url, data, headers), timeout, limit)
+            return _once(opener, urllib.request.Request(url, data, headers), timeout, max_bytes)
         except _Attempt as error:
             if not error.passing or attempt == retries:
                 times = f" after {attempt + 1} attempts in {time.monotonic() - start:.1f} s" if attempt else ""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
 from flowrl.reward_models.base import RewardError, to_pil
-from flowrl.reward_models.http import bearer, get_json, one_line, post_json
+from flowrl.reward_models.http import How, bearer, get_json, one_line, post_json
 
 #: As many as servers are willing to list (vLLM's and OpenAI's limit).
 TOP_LOGPROBS = 20
@@ -149,9 +149,9 @@ class Judge:
             )
         return values
 
-    def _how(self) -> dict[str, Any]:
-        how = {"timeout": self.timeout, "retries": self.retries, "backoff": self.backoff}
-        return {"headers": bearer(self.token_env), **how}
+    def _how(self) -> How:
+        headers = bearer(self.token_env)
+        return {"headers": headers, "timeout": self.timeout, "retries": self.retries, "backoff": self.backoff}
 
     def _only_model(self) -> str:
         reply = get_json(f"{self.url}/models", **self._how())

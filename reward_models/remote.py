@@ -11,14 +11,14 @@ import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import RewardError, Traits, nearest
-from flowrl.reward_models.http import HttpError, bearer, check_url, get_json, one_line, pause, post_json
+from flowrl.reward_models.http import How, HttpError, bearer, check_url, get_json, one_line, pause, post_json
 from flowrl.reward_models.wire import Limits, encode, encoded_bytes, traits_from_json
 
 FLOAT32 = torch.finfo(torch.float32).max
@@ -62,7 +62,7 @@ class Remote:
         self.url, self.reward, self.name = url.rstrip("/"), reward, reward or "remote"
         self.batch_size, self.concurrency, self.format, self.on_error = batch_size, concurrency, format, on_error
         self.failed = 0  #: Samples so far that abstain because the served reward failed on them.
-        self._http: dict[str, Any] = {"headers": bearer(token_env), "timeout": timeout, "retries": retries, "backoff": backoff}
+        self._http: How = {"headers": bearer(token_env), "timeout": timeout, "retries": retries, "backoff": backoff}
         self._facts: tuple[str, Traits, Limits] | None = None
 
     @property

@@ -9,6 +9,8 @@ from flowrl.batch import Samples
 from flowrl.reward_models.base import Traits
 from flowrl.reward_models.detectors import pictures_of
 
+_TRAITS = Traits(columns=("include",), range=(0.0, 1.0))
+
 
 class TinyStrict:
     """1 when the picture of coloured shapes shows what its caption says, all of it: objects, colours, counts, relation; else 0.
@@ -16,8 +18,7 @@ class TinyStrict:
     Abstains (NaN) where the prompt carries no scene description (`kind`, `include` columns of the embedded prompt sets).
     """
 
-    name = "tiny_strict"
-    traits = Traits(columns=("include",), range=(0.0, 1.0))
+    name, traits = "tiny_strict", _TRAITS
 
     def __call__(self, samples: Samples) -> Tensor:
         return read_back(samples, self.name)[0]
@@ -29,8 +30,7 @@ class TinyDense:
     Abstains (NaN) where the prompt carries no scene description (`kind`, `include` columns of the embedded prompt sets).
     """
 
-    name = "tiny_dense"
-    traits = Traits(columns=("include",), range=(0.0, 1.0))
+    name, traits = "tiny_dense", _TRAITS
 
     def __call__(self, samples: Samples) -> Tensor:
         return read_back(samples, self.name)[1]
