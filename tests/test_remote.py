@@ -9,6 +9,8 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -495,6 +497,36 @@ def test_a_server_that_is_not_there(tmp_path):
         late = Server(tmp_path / "late", "brightness", "--port", port)
         assert torch.equal(scores.result(60), load_reward("brightness")(samples(2)))
     assert late.stop().code == 0
+
+
+BARE = """
+import sys
+
+class Gone:
+    names = {names}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Gone())
+from flowrl.cli import main
+sys.exit(main(["serve", "brightness", "--port", "0"]))
+"""
+
+
+def test_it_serves_where_a_scorers_packages_leave_no_room_for_the_generators():
+    """Without diffusers, transformers and their like, which old scorers pin to versions of their own."""
+    names = ("diffusers", "transformers", "accelerate", "peft", "open_clip", "torchvision", "safetensors", "scipy", "tqdm")
+    command = [sys.executable, "-c", BARE.format(names=names)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.stdout.readline()
+            assert "serving brightness at http://" in said, process.stderr.read()
+            reward = load_reward("remote", url=said.split()[-1])
+            assert torch.equal(reward(samples(2)), load_reward("brightness")(samples(2)))
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0 and "stopped after 1 requests" in process.stdout.read()
 
 
 def test_stopping_answers_what_is_under_way(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any
 
 from flowrl.commands.common import command, positive, quiet_libraries, whole
@@ -112,7 +113,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
     if arguments.port > 65535:
         raise ConfigError(f"--port {arguments.port}: a port is at most 65535")
-    quiet_libraries()
+    with suppress(ModuleNotFoundError):  # it serves where a scorer's packages leave no room for diffusers and transformers
+        quiet_libraries()
     serve(
         arguments.rewards,
         arguments.host,
