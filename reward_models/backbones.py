@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowrl.batch import Samples
-from flowrl.reward_models.weights import fill, find_file, read, unreachable
+from flowrl.reward_models.weights import fill, find_file, located, read, unreachable
 
 Resize = Literal["crop", "pad", "squash"]
 Mode = Literal["bicubic", "bilinear"]
@@ -180,7 +180,7 @@ class ClipBackbone(DualEncoder):
 
         beside = processor or place
         try:
-            model, info = AutoModel.from_pretrained(str(place), dtype=torch.float32, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(located(place), dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise unreachable(place, error) from None
         if not hasattr(model, "get_image_features"):
@@ -188,7 +188,8 @@ class ClipBackbone(DualEncoder):
         if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"{place} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])} ...")
         try:
-            tokenizer, pixels = AutoTokenizer.from_pretrained(str(beside)), AutoImageProcessor.from_pretrained(str(beside))
+            beside = located(beside)
+            tokenizer, pixels = AutoTokenizer.from_pretrained(beside), AutoImageProcessor.from_pretrained(beside)
         except (OSError, ValueError) as error:
             raise ValueError(f"no tokenizer or image processor: {unreachable(beside, error)}") from None
         own: Resize = "crop" if getattr(pixels, "do_center_crop", False) else "squash"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import RewardError, to_pil
+from flowrl.reward_models.weights import located
 
 Box = tuple[float, float, float, float]
 
@@ -165,7 +166,7 @@ class ZeroShotDetector:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         try:
-            network = AutoModelForZeroShotObjectDetection.from_pretrained(model, dtype=torch.float32)
+            network = AutoModelForZeroShotObjectDetection.from_pretrained(located(model), dtype=torch.float32)
             self.processor = AutoProcessor.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise ValueError(f"detector={model!r} does not load: {' '.join(str(error).split())[:300]}") from None

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from flowrl.batch import Samples
 from flowrl.reward_models.backbones import resized
 from flowrl.reward_models.base import RewardError, Traits, embedded_folder, to_pil
+from flowrl.reward_models.weights import located
 
 QUESTION = "Does this picture show {prompt}? Answer yes or no."
 REFERENCE_QUESTION = "Both pictures are meant to show {prompt}. Is the second one better than the first? Answer yes or no."
@@ -40,7 +41,7 @@ class VisionLanguage(torch.nn.Module):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            model = AutoModelForImageTextToText.from_pretrained(str(place), dtype=dtype)
+            model = AutoModelForImageTextToText.from_pretrained(located(place), dtype=dtype)
             return cls(model, AutoProcessor.from_pretrained(str(place))).eval()
         except OSError as error:
             raise ValueError(f"no vision language model at {place}: {' '.join(str(error).split())[:200]}") from None

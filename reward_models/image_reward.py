@@ -18,7 +18,7 @@ from flowrl.reward_models.backbones import Frames, LinearStack, check_frames, sc
 from flowrl.reward_models.base import Traits
 from flowrl.reward_models.preference import Preset
 from flowrl.reward_models.texts import PromptLimit
-from flowrl.reward_models.weights import fill, find_file, read, unreachable
+from flowrl.reward_models.weights import fill, find_file, located, read, unreachable
 
 PRESET = Preset(
     "THUDM/ImageReward",
@@ -91,7 +91,7 @@ class ImageReward:
         self.network = BlipScorer.load(find_file(model, PRESET.file))
         place = tokenizer or PRESET.processor_of(model)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(place))
+            self.tokenizer = AutoTokenizer.from_pretrained(located(place))
         except (OSError, ValueError) as error:
             raise ValueError(f"no tokenizer: {unreachable(place, error)}") from None
         self.limit = PromptLimit(CONTEXT, self.lengths)

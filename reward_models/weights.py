@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +31,28 @@ def is_hub_id(place: str | Path) -> bool:
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
 
 
+def located(place: str | Path) -> str:
+    """A folder or hub id as `from_pretrained` takes it.
+
+    Where the hub's host has no address here, its client is told to work offline: it would try for a minute before it says so.
+    """
+    if is_hub_id(place):
+        _notice_absence()
+    return str(place)
+
+
+@cache
+def _notice_absence() -> None:
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    if not constants.HF_HUB_OFFLINE and not getproxies():  # a proxy looks names up itself
+        try:
+            socket.getaddrinfo(address.hostname, address.port or address.scheme)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+
+
 def find_file(place: str | Path, filename: str) -> Path:
     """A file; or `filename` in a folder; or `filename` of a hub id, downloaded once into the hub's cache.
 
@@ -42,7 +68,7 @@ def find_file(place: str | Path, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(str(place), filename))
+        return Path(hf_hub_download(located(place), filename))
     except Exception as error:  # its own errors, those of its HTTP client, and of the operating system
         raise unreachable(place, error) from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from pathlib import Path
 
 import open_clip
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from flowrl.batch import Prompt, Samples
+from flowrl.reward_models import weights
 from flowrl.reward_models.backbones import ClipBackbone
 from flowrl.reward_models.base import load_reward, to_pil
 from flowrl.reward_models.image_reward import ImageReward
@@ -475,6 +477,28 @@ def test_weights_that_are_not_here(monkeypatch, tmp_path):
         HPSv2(model=tmp_path, architecture="ViT-XS")
     with pytest.raises(ValueError, match="choose mean, min or softmin"):
         load_reward("clip_score", model=saved(tmp_path), frames="max")
+
+
+def test_a_hub_that_has_no_address_is_not_asked_for_a_minute(monkeypatch):
+    """The hub's client would, five times with growing waits; a proxy finds the address for us."""
+
+    def away(host, port):
+        asked.append((host, port))
+        raise socket.gaierror(-2, "Name or service not known")
+
+    asked: list[tuple] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", away)
+    monkeypatch.setattr("flowrl.reward_models.weights.getproxies", lambda: {"https": "http://proxy"})
+    weights._notice_absence.cache_clear()
+    assert weights.located("a/b") == "a/b" and not asked
+    monkeypatch.setattr("flowrl.reward_models.weights.getproxies", dict)
+    weights._notice_absence.cache_clear()
+    assert weights.located(Path("/tmp")) == "/tmp" and not asked
+    with pytest.raises(ValueError, match="PickScore_v1 is not here and cannot be fetched; .* `hf download"):
+        load_reward("pickscore")
+    assert asked == [("huggingface.co", "https")]
+    weights._notice_absence.cache_clear()
 
 
 def saved(folder: Path) -> Path:
