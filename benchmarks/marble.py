@@ -142,15 +142,15 @@ def conflict_table(out: Path) -> str:
 
 def reward_table(out: Path) -> str:
     found = runs(out)
-    names = [*found[0][3]["rewards"]] if found else []
+    header = ["held out", "before", *(f"{ARMS[arm][0]}, seed {seed}" for arm, seed, *_ in found)]
     rows = []
-    for arm, seed, _, result in found:
-        cells = []
-        for name in names:
-            d = result["rewards"][name]
-            cells.append(f"{d['base']:.3f} {d['tuned'] - d['base']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})")
-        rows.append([ARMS[arm][0], seed, *cells, str(result["steps"]), f"{result['images']:,}", f"{result['minutes']:.1f}"])
-    return text_table(["arm", "seed", *(f"{name}: before, change" for name in names), "steps", "images", "minutes"], rows)
+    for name, of in found[0][3]["rewards"].items():
+        changes = [result["rewards"][name] for *_, result in found]
+        cells = [f"{d['tuned'] - d['base']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" for d in changes]
+        rows.append([name, f"{of['base']:.3f}", *cells])
+    for what, form in (("steps", ",d"), ("images", ",d"), ("minutes", ".1f")):
+        rows.append([what, "", *(f"{result[what]:{form}}" for *_, result in found)])
+    return text_table(header, rows)
 
 
 def cost_table(seconds: dict[str, dict[str, list[float]]]) -> str:
@@ -180,10 +180,8 @@ def draw(out: Path) -> None:
     for place, (key, title) in zip(axes.flat, panels.items(), strict=False):
         for arm, seeds in curves.items():
             length = min(len(rows) for rows in seeds)
-            mean = np.nanmean([[row.get(key, np.nan) for row in rows[:length]] for rows in seeds], 0)
-            width = min(SMOOTH, length)
-            smooth = np.convolve(mean, np.full(width, 1 / width), "valid")
-            place.plot(np.arange(width, length + 1), smooth, color=f"C{[*ARMS].index(arm)}", label=ARMS[arm][0])
+            smooth = np.mean([running([row.get(key, np.nan) for row in rows[:length]]) for rows in seeds], 0)
+            place.plot(np.arange(1, length + 1), smooth, color=f"C{[*ARMS].index(arm)}", label=ARMS[arm][0])
         if key.startswith("balance"):
             place.axhline(0, color="grey", linewidth=0.8, linestyle=":")
         place.set_title(title, fontsize=9)
@@ -192,12 +190,17 @@ def draw(out: Path) -> None:
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     for place in axes[-1]:
-        place.set_xlabel(f"step (mean of {SMOOTH})", fontsize=8)
+        place.set_xlabel(f"step (mean of the last {SMOOTH})", fontsize=8)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(labels), loc="lower center")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(out / "marble.png")
     plt.close(figure)
+
+
+def running(values: list[float]) -> np.ndarray:
+    """(n,) the mean of the last SMOOTH values, of those that are known; some always is."""
+    return np.array([np.nanmean(values[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(values))])
 
 
 def report(out: Path) -> None:

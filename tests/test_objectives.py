@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from flowrl.batch import Loss, Noised, Prompt, Samples, Step
 from flowrl.samplers import DanceSDE
 from flowrl.train.advantages import advantages
 from flowrl.train.objectives import OBJECTIVES
-from tests.objectives import Fixed, make_nodes, make_noised
+from tests.objectives import Fixed, make_nodes, make_noised, short_run
 
 B = 6
 H = 0.2  #: The length of the recorded steps.
@@ -197,3 +199,17 @@ def test_what_is_chosen_does_not_depend_on_the_rewards_scale_or_order(name):
         turned, turned_weights = chosen(rewards[order])
         paired = dict(zip(rows.tolist(), weights.tolist(), strict=True))
         assert dict(zip(order[turned].tolist(), turned_weights.tolist(), strict=True)) == pytest.approx(paired, rel=1e-4)
+
+
+def test_the_example_of_the_contributing_guide(recipe, tmp_path, monkeypatch):
+    """It can be pasted as it stands, runs, starts at the reference, and shares a pass between rewards, as it says."""
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    code = guide.split("## Add an objective")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(OBJECTIVES, "mine", importlib.import_module("mine").Mine)
+    of = case("mine")
+    torch.testing.assert_close(of.loss(torch.tensor([4, 1])).total, of.loss().total[[4, 1]])
+    options = ["objective=mine", "rewards.jpeg_size=1", "balance=marble", "times.count=1"]
+    _, (first, second) = short_run(recipe, tmp_path, *options)
+    assert first["kl"] == 0 < second["kl"] and first["balance/jpeg_size/weight"] > 0
