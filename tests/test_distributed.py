@@ -20,6 +20,7 @@ from tests.test_resume import lines, wait_for
 #: One group to a batch, so that the batches are the same on one process and on two.
 OPTIONS = ["batch_size=2", "prompts_per_step=4", "updates_per_step=2", "objective.beta=0.1", "max_steps=3"]
 OPTIONS += ["samples_steps=1", "checkpointing_steps=1", "eval_steps=3", "eval_num_inference_steps=2", "report_to=tensorboard"]
+OPTIONS += ["eval_rewards.jpeg_size=1"]
 
 
 class Watched(Trainer):
