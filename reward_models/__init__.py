@@ -27,6 +27,7 @@ REWARDS: dict[str, str] = {
     "tiny_video_dense": f"{_HERE}.verify_video:TinyVideoDense",
     "tiny_video_part": f"{_HERE}.verify_video:TinyVideoPart",
     "geneval": f"{_HERE}.geneval:GenEval",
+    "concept": f"{_HERE}.concepts:Concept",
     "layout": f"{_HERE}.grounding:GaussianLayout",
     "ocr": f"{_HERE}.ocr:OCR",
     # -- preference
@@ -42,6 +43,7 @@ REWARDS: dict[str, str] = {
     "background_consistency": f"{_HERE}.video:BackgroundConsistency",
     "temporal_flicker": f"{_HERE}.video:TemporalFlicker",
     "motion_smoothness": f"{_HERE}.video:MotionSmoothness",
+    "video_reward": f"{_HERE}.video_reward:VideoReward",
     # -- judges
     "judge": f"{_HERE}.judge:YesNo",
     "pairwise": f"{_HERE}.judge:Pairwise",

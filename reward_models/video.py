@@ -109,7 +109,7 @@ class SubjectConsistency(Paired):
         self,
         features: Any = DINO,  #: Encoder: hub id or folder of a vision transformer or dual encoder, an embedded one, or pixels.
         #: A reward in [0, 1] that multiplies it, as dynamic_degree or {name: dynamic_degree, fps: 16}; none: it stands alone, and
-        #: a frozen clip is best. Prompts that ask for stillness (see `still`) are not held to it.
+        #: a frozen clip is best. Prompts with a true column `static`, or of the embedded world that moves nothing, are free.
         moves: Any = "dynamic_degree",
         scaled: bool = False,  #: To VBench's table, where 0.1462 is 0 and 1 is 1.
     ):
@@ -127,7 +127,7 @@ class BackgroundConsistency(Paired):
         self,
         features: Any = CLIP,  #: Encoder: hub id or folder of a vision transformer or dual encoder, an embedded one, or pixels.
         #: A reward in [0, 1] that multiplies it, as dynamic_degree or {name: dynamic_degree, fps: 16}; none: it stands alone, and
-        #: a frozen clip is best. Prompts that ask for stillness (see `still`) are not held to it.
+        #: a frozen clip is best. Prompts with a true column `static`, or of the embedded world that moves nothing, are free.
         moves: Any = "dynamic_degree",
         scaled: bool = False,  #: To VBench's table, where 0.2615 is 0 and 1 is 1.
     ):
@@ -147,7 +147,7 @@ class TemporalFlicker(Paired):
     def __init__(
         self,
         #: A reward in [0, 1] that multiplies it, as dynamic_degree or {name: dynamic_degree, fps: 16}; none: it stands alone, and
-        #: a frozen clip is best. Prompts that ask for stillness (see `still`) are not held to it.
+        #: a frozen clip is best. Prompts with a true column `static`, or of the embedded world that moves nothing, are free.
         moves: Any = "dynamic_degree",
         scaled: bool = False,  #: To VBench's table, where 0.6293 is 0 and 1 is 1.
     ):
@@ -171,7 +171,7 @@ class MotionSmoothness(Paired):
         weights: str | None = None,  #: File of torchvision's RAFT, large or small.
         side: int = 128,  #: Pixels to which the shorter side of larger clips is reduced before motion is measured.
         #: A reward in [0, 1] that multiplies it, as dynamic_degree or {name: dynamic_degree, fps: 16}; none: it stands alone, and
-        #: a frozen clip is best. Prompts that ask for stillness (see `still`) are not held to it.
+        #: a frozen clip is best. Prompts with a true column `static`, or of the embedded world that moves nothing, are free.
         moves: Any = "dynamic_degree",
         scaled: bool = False,  #: To VBench's table, where 0.706 is 0 and 0.9975 is 1; made for its own interpolator.
     ):

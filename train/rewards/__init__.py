@@ -20,6 +20,7 @@ TASKS: dict[str, str] = {
     "generative": f"{_HERE}.generative:Generative",
     "latent": f"{_HERE}.latent:Latent",
     "transport": f"{_HERE}.transport:Transport",
+    "video_preference": f"{_HERE}.video_preference:VideoPreference",
 }
 
 
