@@ -151,9 +151,9 @@ def score_tables(results: Sequence[Evaluation]) -> list[Table]:
         names = [*result.rewards, *result.measures]
         rows = []
         for name in names:
-            values = result.per_prompt(name).double()
-            values = values[~values.isnan()].numpy()
-            rows.append([name, number(result.mean(name)), bounds(*interval(values)), str(len(values))])
+            values = result.per_prompt(name)
+            known = values[~values.isnan()].double().numpy()
+            rows.append([name, number(result.mean(name)), bounds(*interval(known)), str(len(known))])
         if rows:
             tables.append(Table(f"{result.model}: intervals", ["mean", result.model, "95 % interval", "prompts"], rows))
         if result.summary:

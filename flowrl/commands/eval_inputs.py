@@ -52,10 +52,7 @@ def gather(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> tuple[
     target = layout_and_path(arguments.export) if arguments.export else None
     if target and not models:
         raise ConfigError("--export arranges pictures that are drawn: name a model")
-    if known:
-        prompts, shared = pinned(arguments, known, models)
-    else:
-        prompts, shared = asked(arguments, defaults, models, target)
+    prompts, shared = pinned(arguments, known, models) if known else asked(arguments, defaults, models, target)
     scoring = scoring_of(arguments, known, folders, models)
     reference = reference_features(arguments, scoring, known)
     if target:
@@ -64,7 +61,7 @@ def gather(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> tuple[
         if file:
             make_folder(file.parent)
     results = dict(known)
-    if models:
+    if models and prompts and shared:
         results |= draw(arguments, models, prompts, shared, scoring, target)
     for text, (layout, root) in folders.items():
         results[text] = score_folder(arguments, layout, root, prompts, scoring)
@@ -145,7 +142,7 @@ def own_call(model: str) -> dict[str, Any]:
 
 def pinned(
     arguments: argparse.Namespace, known: Mapping[str, Evaluation], models: Sequence[str]
-) -> tuple[list[Prompt], Protocol]:
+) -> tuple[list[Prompt] | None, Protocol | None]:
     """Prompts and protocol of scores that are there. Raises ConfigError where an option says something else."""
     text, pin = next(iter(known.items()))
     theirs = pin.protocol

@@ -13,7 +13,7 @@ from PIL import Image
 from flowrl.batch import Prompt
 from flowrl.evaluate import Evaluation
 from flowrl.layouts.base import Layout, Results, Row, natural, placing, score_of
-from flowrl.pictures import picture_bytes, read_frames
+from flowrl.pictures import picture_bytes
 
 _SCORES = re.compile(r"(.+\.(?:png|jpg|jpeg|webp)), ([^,]+(?:, [^,]+)*)", re.IGNORECASE)
 _SUMMARY = re.compile(r"\t([^:]+): (.+)|(DPG-Bench score): (.+)")
@@ -47,7 +47,7 @@ class DPG(Layout):
         return [[root / f"{key}.png"] * seeds for key in self.keys(prompts)]
 
     def write(self, prompt: Prompt, sources: Sequence[Path], places: Sequence[Path]) -> None:
-        pictures = [read_frames(source) for source in sources]
+        pictures = [opened(source) for source in sources]
         side = pictures[0].width
         for source, picture in zip(sources, pictures, strict=True):
             if picture.size != (side, side):
@@ -59,7 +59,7 @@ class DPG(Layout):
             file.write_bytes(picture_bytes(grid, {}))
 
     def read(self, place: Path, index: int, seeds: int) -> Any:
-        grid = read_frames(place)
+        grid = opened(place)
         across = 1 if seeds == 1 else 2
         side = grid.width // across
         if grid.size != (across * side, across * side):
@@ -93,3 +93,8 @@ class DPG(Layout):
         protocol = evaluation.protocol
         side = protocol.size[-1] if protocol.size else "RESOLUTION"
         return f"PIC_NUM={protocol.seeds} bash dpg_bench/dist_eval.sh {root} {side}"
+
+
+def opened(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
