@@ -454,6 +454,12 @@ class Plan:
     def batch_size(self) -> int:
         return min(self.recipe.batch_size, self.images_per_update)
 
+    @property
+    def denoiser_calls(self) -> tuple[int, int]:
+        """Of a step over all processes, in images x steps: those of the rollout, and those with gradient."""
+        rollout = 0 if self.recipe.data else self.images_per_step * self.recipe.num_inference_steps
+        return rollout, self.images_per_step * self.trained_steps
+
     def check(self) -> Plan:
         r = self.recipe
         divisor = self.world_size * r.updates_per_step
@@ -480,8 +486,7 @@ class Plan:
 
     def table(self) -> list[tuple[str, str]]:
         r = self.recipe
-        calls = 0 if r.data else self.images_per_step * r.num_inference_steps
-        updates = self.images_per_step * self.trained_steps
+        calls, updates = self.denoiser_calls
         rollout = "no rollout" if r.data else f"{r.num_inference_steps} denoising steps in a rollout"
         rows = f"{self.group_size} {'of the data' if r.data else 'generations'}"
         return [

@@ -272,7 +272,8 @@ class Trainer:
         if self.watch is not None:
             metrics.update(self.watch.step(self, batches[0], samples, metrics))
             clock.lap("watch_time")
-        cost = {"images": float(self.progress.images), "memory_gb": peak_memory(), **clock.laps}
+        calls = sum(self.plan.denoiser_calls) * self.progress.step
+        cost = {"images": float(self.progress.images), "denoiser_calls": float(calls), "memory_gb": peak_memory(), **clock.laps}
         return {**metrics, **cost, "step_time": sum(clock.laps.values())}
 
     def collect(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor, Tensor, dict[str, float]]:
