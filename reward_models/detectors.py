@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,7 +56,13 @@ def load_detector(spec: Any = "tiny") -> Detector:
             raise ValueError(f"detector={spec!r} cannot be imported: {error}") from None
     if not isinstance(spec, str):
         raise ValueError(f"detector={spec!r}: give tiny, a hub id, a folder, a dotted path, or an object with detect(...)")
-    return ZeroShotDetector(spec)
+    return _zero_shot(spec)
+
+
+@lru_cache(maxsize=2)
+def _zero_shot(model: str) -> ZeroShotDetector:
+    """One network for all rewards that look with it."""
+    return ZeroShotDetector(model)
 
 
 def pictures_of(samples: Samples, name: str) -> Tensor:
@@ -252,9 +259,13 @@ class ClipColors:
 
         self.clip = place if isinstance(place, ClipBackbone) else ClipBackbone.load(place)
 
-    @torch.no_grad()
     def __call__(self, image: Tensor, boxes: Sequence[Box], name: str) -> list[str]:
         """image: (3, H, W) in [0, 1]; name: what is in all of the boxes. One colour per box."""
+        return [self.COLORS[i] for i in self.probabilities(image, boxes, name).argmax(-1).tolist()]
+
+    @torch.no_grad()
+    def probabilities(self, image: Tensor, boxes: Sequence[Box], name: str) -> Tensor:
+        """Of each of COLORS, (boxes, colours): a softmax of CLIP's logits. Arguments as in a call."""
         height, width = image.shape[-2:]
         crops = []
         for x0, y0, x1, y1 in boxes:
@@ -265,5 +276,37 @@ class ClipColors:
         pictures = F.normalize(self.clip.pictures(torch.cat(crops)).float(), dim=-1)
         texts = [template.format(color=color, name=name) for color in self.COLORS for template in self.TEMPLATES]
         ways = F.normalize(self.clip.texts(texts).float(), dim=-1).unflatten(0, (len(self.COLORS), len(self.TEMPLATES)))
-        best = (pictures @ F.normalize(ways.mean(1), dim=-1).T).argmax(-1)
-        return [self.COLORS[i] for i in best.tolist()]
+        return (self.clip.logit_scale * pictures @ F.normalize(ways.mean(1), dim=-1).T).softmax(-1)
+
+
+class Colors:
+    """The colours of detections whose detector does not tell them.
+
+    namer: hub id or folder of a CLIP, loaded when it is first asked, or a function (image (3, H, W), boxes, name) -> colours.
+    """
+
+    def __init__(self, namer: Any):
+        self.given = namer
+
+    def __call__(self, image: Tensor, found: Sequence[Found], names: Container[str]) -> list[Found]:
+        """All of them, those of these names with a colour."""
+        named = list(found)
+        for name in dict.fromkeys(f.phrase for f in found if f.color is None and f.phrase in names):
+            rows = [i for i, f in enumerate(found) if f.color is None and f.phrase == name]
+            for i, color in zip(rows, self.namer(image, [found[i].box for i in rows], name), strict=True):
+                named[i] = replace(found[i], color=color)
+        return named
+
+    def chances(self, image: Tensor, found: Sequence[Found], name: str, color: str) -> list[float]:
+        """How likely each of them, of one name, has the colour: 1 or 0 where somebody names it, else CLIP's probability."""
+        boxes = [f.box for f in found if f.color is None]
+        if boxes and isinstance(self.namer, ClipColors) and color in ClipColors.COLORS:
+            told = iter(self.namer.probabilities(image, boxes, name)[:, ClipColors.COLORS.index(color)].tolist())
+            return [next(told) if f.color is None else float(f.color == color) for f in found]
+        return [float(f.color == color) for f in self(image, found, [name])]
+
+    @property
+    def namer(self) -> Callable[[Tensor, Sequence[Box], str], list[str]]:
+        if not callable(self.given):
+            self.given = ClipColors(self.given)
+        return self.given

@@ -7,7 +7,7 @@ falls below 0 when objects abound, and its wrong position counts as half right.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import Traits
-from flowrl.reward_models.detectors import Box, ClipColors, Found, detect_in, load_detector, pictures_of
+from flowrl.reward_models.detectors import Box, Colors, Found, detect_in, load_detector, pictures_of
 
 #: Unit vector from the second object to the first, y downwards.
 AXES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -25,12 +25,13 @@ MAX_FOUND = 16  #: Per name, the best ones.
 
 @dataclass(frozen=True)
 class Clause:
-    """A demand: `count` objects called `name`. relation: (its name, index of the clause that it refers to)."""
+    """A demand: `count` objects called `name`. relation: (its name, index of the clause it refers to). size: huge or tiny."""
 
     name: str
     count: int = 1
     color: str | None = None
     relation: tuple[str, int] | None = None
+    size: str | None = None
 
     @property
     def phrase(self) -> str:
@@ -50,12 +51,12 @@ class Spec:
         return list(dict.fromkeys(clause.name for clause in self.include + self.exclude))
 
 
-def read_spec(columns: Mapping[str, Any]) -> Spec | None:
+def read_spec(columns: Mapping[str, Any], relations: Collection[str] = tuple(AXES)) -> Spec | None:
     """From GenEval's metadata, or from the columns of the embedded prompts; None where there is no `include`.
 
-    GenEval: {"tag", "include": [{"class", "count", "color", "position": [relation, index]}], "exclude": [...]}.
+    GenEval: {"tag", "include": [{"class", "count", "color", "size", "position": [relation, index]}], "exclude": [...]}.
     Embedded: {"kind", "include": [{"shape", "count", "color"}], "relation": of the first with respect to the second}.
-    Raises ValueError for what is neither.
+    relations: those that are known. Raises ValueError for what is neither.
     """
     if not columns.get("include"):
         return None
@@ -63,8 +64,9 @@ def read_spec(columns: Mapping[str, Any]) -> Spec | None:
     if columns.get("relation"):
         include[0] = replace(include[0], relation=(columns["relation"], 1))
     for clause in include:
-        if clause.relation and (clause.relation[0] not in AXES or clause.relation[1] not in range(len(include))):
-            raise ValueError(f"column include: position {list(clause.relation)} wants {', '.join(AXES)}, and a clause's index")
+        if clause.relation and (clause.relation[0] not in relations or clause.relation[1] not in range(len(include))):
+            known = ", ".join(relations)
+            raise ValueError(f"column include: position {list(clause.relation)} wants {known}, and a clause's index")
     exclude = [_clause(item, "exclude") for item in columns.get("exclude") or ()]
     return Spec(tuple(include), tuple(exclude), str(columns.get("tag") or columns.get("kind") or ""))
 
@@ -74,11 +76,13 @@ def _clause(item: Mapping[str, Any], column: str) -> Clause:
         name = item["class"] if "class" in item else item["shape"]
         position = item.get("position")
         relation = (str(position[0]), int(position[1])) if position else None
-        clause = Clause(str(name), int(item.get("count", 1)), item.get("color"), relation)
+        clause = Clause(str(name), int(item.get("count", 1)), item.get("color"), relation, item.get("size"))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise ValueError(f'column {column}: wants objects like {{"class": "dog", "count": 1}}, not {item!r}') from None
     if clause.count < 1:
         raise ValueError(f"column {column}: count of {clause.name!r} is {clause.count}, but counts start at 1")
+    if clause.size not in (None, "huge", "tiny"):
+        raise ValueError(f"column {column}: size of {clause.name!r} is {clause.size!r}, but huge or tiny")
     return clause
 
 
@@ -185,7 +189,7 @@ class GenEval:
         if mode not in ("strict", "dense", "official"):
             raise ValueError(f"mode={mode!r}: choose strict, dense or official")
         self.mode, self.detector = mode, load_detector(detector)
-        self.threshold, self.color = threshold, color
+        self.threshold, self.colors = threshold, Colors(color)
         self.counting_threshold = threshold if counting_threshold is None else counting_threshold
 
     def __call__(self, samples: Samples) -> Tensor:
@@ -198,22 +202,12 @@ class GenEval:
             if spec is None:
                 continue
             threshold = self.counting_threshold if spec.tag == "counting" else self.threshold
-            objects = self._colored(images[i], by_name(found[i], spec.names, threshold), spec)
+            objects = by_name(found[i], spec.names, threshold)
+            for name in {clause.name for clause in spec.include if clause.color}:
+                objects[name] = self.colors(images[i], objects[name], [name])
             if self.mode == "official":
                 scores[i] = float(official(objects, spec, aspect))
             else:
                 values = terms(objects, spec, aspect)
                 scores[i] = sum(values) / len(values) if self.mode == "dense" else float(min(values) == 1)
         return scores
-
-    def _colored(self, image: Tensor, objects: dict[str, list[Found]], spec: Spec) -> dict[str, list[Found]]:
-        """With the colours that the spec asks about."""
-        for name in {clause.name for clause in spec.include if clause.color}:
-            unnamed = [f for f in objects[name] if f.color is None]
-            if unnamed:
-                if not callable(self.color):
-                    self.color = ClipColors(self.color)
-                colors = self.color(image, [f.box for f in unnamed], name)
-                named = iter([replace(f, color=color) for f, color in zip(unnamed, colors, strict=True)])
-                objects[name] = [next(named) if f.color is None else f for f in objects[name]]
-        return objects

@@ -9,7 +9,6 @@ That is the published rule ("max"). It hides bad objects: (s + 1) / 2 < 1/2 neve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import Traits
-from flowrl.reward_models.detectors import Box, ClipColors, Found, detect_in, distinct, load_detector, pictures_of
+from flowrl.reward_models.detectors import Box, Colors, Found, detect_in, distinct, load_detector, pictures_of
 from flowrl.reward_models.geneval import Spec, by_name, read_spec, terms
 
 Rule = Literal["min", "max"]
@@ -102,7 +101,7 @@ class RegionMap:
         if rule not in ("min", "max"):
             raise ValueError(f"region_map: rule={rule!r}: choose min or max")
         self.name, self.detector, self.rule, self.threshold = "region_map", load_detector(detector), rule, threshold
-        self.color = color
+        self.colors = Colors(color)
         self.traits = Traits(columns=("include",), range=(0, 1))
 
     def map(self, samples: Samples) -> Tensor:
@@ -115,21 +114,11 @@ class RegionMap:
         for i, spec in enumerate(specs):
             if spec is not None:
                 strong = [f for f in found[i] if f.score > self.threshold or f.phrase == "unknown"]
-                kept = self._colored(images[i], distinct(strong), spec)
+                kept = self.colors(images[i], distinct(strong), {clause.name for clause in spec.include if clause.color})
                 values = terms(by_name(kept, spec.names, self.threshold), spec, size[1] / size[0])
                 whole = 2 * sum(values) / len(values) - 1
                 maps[i] = region_map([f.box for f in kept], box_scores(kept, spec), whole, size, self.rule)
         return maps
-
-    def _colored(self, image: Tensor, found: list[Found], spec: Spec) -> list[Found]:
-        """With the colours that the spec asks about, where the detector does not tell them."""
-        colorful = {clause.name for clause in spec.include if clause.color}
-        if any(f.color is None and f.phrase in colorful for f in found) and not callable(self.color):
-            self.color = ClipColors(self.color)
-        return [
-            replace(f, color=self.color(image, [f.box], f.phrase)[0]) if f.color is None and f.phrase in colorful else f
-            for f in found
-        ]
 
     def __call__(self, samples: Samples) -> Tensor:
         return self.map(samples).mean((1, 2))
