@@ -10,6 +10,7 @@ unlike pictures. T takes the gap away. `flowrl train-reward` makes the folder th
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowrl.batch import Samples
-from flowrl.reward_models.backbones import ClipBackbone, Frames, check_frames, cosine, score_pictures
+from flowrl.reward_models.backbones import Frames, check_frames, cosine, score_pictures
 from flowrl.reward_models.base import REWARD_FILE, Traits, embedded_folder
 from flowrl.reward_models.features import load_backbone
 from flowrl.reward_models.gaussians import bures_map, moments, shrunk
@@ -81,8 +82,8 @@ class TransportMap(nn.Module):
         (folder / REWARD_FILE).write_text(json.dumps({**card, "backbone": backbone, **facts}, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> tuple[TransportMap, ClipBackbone]:
-        """What `save` wrote, frozen, and its encoder. Raises ValueError when the folder holds something else."""
+    def load(cls, folder: str | Path, encoder: Callable[[Any], Any] = load_backbone) -> tuple[TransportMap, Any]:
+        """What `save` wrote, frozen, and what `encoder` makes of its encoder's place. Raises ValueError for something else."""
         from safetensors.torch import load_file
 
         folder = Path(folder)
@@ -93,7 +94,7 @@ class TransportMap(nn.Module):
             backbone = card["backbone"]
         except (OSError, KeyError, RuntimeError) as error:
             raise ValueError(f"{folder} holds no transport map: {' '.join(str(error).split())}") from None
-        return transport.requires_grad_(False).eval(), load_backbone(folder if backbone == "." else backbone)
+        return transport.requires_grad_(False).eval(), encoder(folder if backbone == "." else backbone)
 
 
 class Transport:
@@ -122,10 +123,12 @@ class Transport:
 # ------------------------------------------------------------------------------------------------ words and patches
 
 
-def token_cost(S: Tensor, mask: Tensor, prior: Tensor | None = None, eta: float = 0.0) -> Tensor:
-    """C = [1 - S] + eta prior, each term and the sum scaled to [0, 1] within a sample. S, prior: (B, N, M); mask: (B, N)."""
+def token_cost(S: Tensor, mask: Tensor, *priors: tuple[float, Tensor]) -> Tensor:
+    """C = [1 - S] + sum weight prior; each term and the sum scaled to [0, 1] in a sample. S, priors: (B, N, M); mask: (B, N)."""
     C = _ranged(1 - S, mask)
-    return C if prior is None else _ranged(C + eta * _ranged(prior, mask), mask)
+    if not priors:
+        return C
+    return _ranged(C + sum(weight * _ranged(prior, mask) for weight, prior in priors), mask)
 
 
 def _ranged(x: Tensor, mask: Tensor) -> Tensor:
@@ -137,13 +140,22 @@ def _ranged(x: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_plan(
-    S: Tensor, mask: Tensor, places: Tensor, mass: float = 0.9, eta: float = 0.2, epsilon: float = 0.05, published: bool = False
+    S: Tensor,
+    mask: Tensor,
+    places: Tensor,
+    mass: float = 0.9,
+    eta: float = 0.2,
+    epsilon: float = 0.05,
+    published: bool = False,
+    times: Tensor | None = None,
+    gamma: float = 0.0,
 ) -> Tensor:
     """A plan (B, N, M) between words and patches, whose row sums say how much of each word found a place.
 
-    S: (B, N, M) cosines; mask: (B, N), true for words; places: (M, 2) centres of the patches in [0, 1]. With eta > 0 a first plan
-    says where each word looks, and the second one charges for the distance from there. mass: what is moved, of 1; the rest of
-    the words, those that fit nowhere, are let go. published: the paper's scheme, in which it is an exponent (`unbalanced`).
+    S: (B, N, M) cosines; mask: (B, N), true for words; places: (M, 2) centres of the patches in [0, 1]; times: (M,) of their
+    frames, likewise. With eta or gamma above 0 a first plan says where, or when, each word looks, and the second one charges for
+    the distance from there. mass: what is moved, of 1; the rest of the words, those that fit nowhere, are let go. published: the
+    paper's scheme, in which it is an exponent (`unbalanced`).
     """
 
     def solve(C: Tensor) -> Tensor:
@@ -154,16 +166,19 @@ def token_plan(
     S = S.detach().float()
     a, b = uniform(mask), uniform(torch.ones_like(S[:, 0], dtype=torch.bool))
     plan = solve(token_cost(S, mask))
-    if eta == 0:
-        return plan
-    looks = (plan / plan.sum(2, keepdim=True).clamp(min=1e-12)) @ places  # (B, N, 2): the mean place of each word
-    return solve(token_cost(S, mask, torch.cdist(looks, places.expand(len(S), -1, -1)), eta))
+    share = plan / plan.sum(2, keepdim=True).clamp(min=1e-12)
+    priors = []
+    if times is not None and gamma:
+        priors.append((gamma, ((share @ times)[..., None] - times).abs()))  # |tau_i - t_j|
+    if eta:
+        priors.append((eta, torch.cdist(share @ places, places.expand(len(S), -1, -1))))  # |pi_i - s_j|
+    return solve(token_cost(S, mask, *priors)) if priors else plan
 
 
 class TokenTransport:
     """How well the words that found a place among the patches fit there, in [-1, 1]. Differentiable, but not through the plan.
 
-    The temporal prior of the paper concerns clips only; clips are scored frame by frame here. A prompt without a word abstains.
+    Clips are scored frame by frame; `video_token_transport` takes them whole. A prompt without a word abstains.
     """
 
     def __init__(

@@ -123,7 +123,7 @@ def test_a_word_is_held_to_one_place():
 def test_costs_lie_between_zero_and_one_whatever_the_scale():
     S = torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(0)) - 0.5
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    C = token_cost(S, mask, torch.rand(2, 3, 8) * 100, eta=0.2)
+    C = token_cost(S, mask, (0.2, torch.rand(2, 3, 8) * 100))
     assert float(C[0].min()) == float(C[1, :2].min()) == 0 and float(C[0].max()) == float(C[1, :2].max()) == 1
     torch.testing.assert_close(token_cost(0.1 * S + 0.3, mask), token_cost(S, mask))
 
