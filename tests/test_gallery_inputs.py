@@ -91,6 +91,17 @@ def test_two_folders_with_one_column_name_are_told_apart(samples, tmp_path):
     other = tmp_path / "other"
     whole = joined([(samples, found(samples)), (other, found(other))])
     assert {cell.model for cell in whole.cells} == {"sd3 (samples)", "sd3 (other)"}
+    namesake = save(tmp_path / "deep" / "samples" / "sd3" / "b-s0.png").parents[1]
+    whole = joined([(samples, found(samples)), (namesake, found(namesake))])
+    assert {cell.model for cell in whole.cells} == {f"sd3 ({samples})", f"sd3 ({namesake})"}
+
+
+def test_a_kind_that_one_folder_knows_holds_for_all(tmp_path):
+    image = save(tmp_path / "a.png")
+    parts = [
+        (tmp_path / m, Inputs([Cell(m, "p", 0, image, {}, kind)])) for m, kind in (("x", None), ("y", "counting"), ("z", "other"))
+    ]
+    assert [cell.kind for cell in joined(parts).cells] == ["counting"] * 3
 
 
 def test_what_a_table_says_wrongly_is_named_and_left_out(tmp_path):

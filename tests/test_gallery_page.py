@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from scipy.stats import t
 
 from flowrl.gallery import Table, write_gallery
 from tests.gallery import HOSTILE, ROWS, cell, eventually, example_cells, lines, shape_picture
@@ -78,6 +79,7 @@ def test_an_abstaining_reward_is_a_dash(show, gallery):
 
 def test_head_shows_tables_means_and_changes(show, gallery):
     page = show(gallery)
+    page.locator("#tables summary").click()
     assert page.locator("#tables td").all_inner_texts() == ["counting", "0.58", "0.81 ± 0.02"]
     base = (0.5 + 0.5 + 0.9 + 0.2 + 0.1 + 0.3 + 0.6 + 0.6) / 8
     tuned = (0.5 + 0.5 + 0.4 + 0.8 + 1.0 + 0.4 + 0.5 + 0.61 + 0.7) / 9
@@ -89,13 +91,13 @@ def test_head_shows_tables_means_and_changes(show, gallery):
 
 def test_intervals_are_paired_over_prompts(show, gallery):
     """Prompts are the units. Mean changes of verify: 0, 0.05, 0.5, -0.045 (the fifth has no pair); mean 0.12625, standard
-    deviation 0.25217, t(3) = 3.182: 0.12625 +- 3.182 * 0.25217 / 2 = -0.275 to 0.527. Shares of wins: 1/2, 1/2, 1, 1/2; Wilson
-    with n = 4, z^2 = 3.8415: centre (0.625 + 0.4802) / 1.9604 = 0.5638, half width 0.3443: 22 to 91 %.
+    deviation 0.25217, t(3) = 3.182: 0.12625 +- 3.182 * 0.25217 / 2 = -0.275 to 0.527. Shares of wins: 1/2, 1/2, 1, 1/2; mean
+    0.625, standard deviation 0.25: 0.625 +- 3.182 * 0.25 / 2 = 0.227 to 1.023, of which 1 is kept.
     """
     page = show(gallery)
     assert page.locator("#cards .card:first-child .tally span").all_inner_texts() == [
         "change −0.275 to +0.527",
-        "wins 63 % (22 to 91 %)",
+        "wins 63 % (23 to 100 %)",
         "4 better, 2 worse, 2 equal",
     ]
 
@@ -141,6 +143,11 @@ def test_filter_search_and_only_changed(show, gallery):
     assert seeds(page, 0) == ["seed 1"]
     page.select_option("#only", "")
     assert seeds(page, 4) == ["seed 1", "seed 2"]
+
+
+def test_quantiles_of_students_t(show, gallery):
+    freedom = [1, 2, 3, 4, 5, 8, 20, 500]
+    assert show(gallery).evaluate(f"{freedom}.map(student)") == pytest.approx(list(t.ppf(0.975, freedom)), rel=3e-3)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_held_out_rewards_are_marked_and_hacking_is_said(show, tmp_path):
              for p in range(8) for m, model in enumerate(("base", "tuned"))]  # fmt: skip
     page = show(write_gallery(tmp_path / "g", cells, title="T", trained=["trained"]))
     assert page.locator("#cards h2 .mark").all_inner_texts() == ["held out"]
+    assert page.locator("#cards .tally").first.inner_text().split("\n")[1] == "wins 100 % (68 to 100 %)", "Wilson: 8 / (8 + 3.84)"
     alarm = page.locator("#alarms p")
     assert alarm.inner_text().startswith("tuned: trained trained +0.435, held out held −0.235, both beyond their intervals.")
     alarm.get_by_role("button").click()
@@ -160,6 +161,8 @@ def test_film_of_checkpoints(show, training):
     assert page.locator(".chart-base").count() == 1
     left, right = (page.locator(".chart circle").nth(i).get_attribute("cx") for i in (0, 1))
     assert float(right) - float(left) == pytest.approx((260 - 8) / 3, abs=0.1), "step 20 lies a third of the way from 10 to 40"
+    page.locator(".chart svg").click(position={"x": 3, "y": 20})
+    assert page.locator("#frame-label").inner_text() == "step 10 · 2 of 4", "the nearest step of the chart"
     page.locator(".step").first.click()
     assert page.locator(".chart-value").inner_text() == "0.025"
     page.locator(".strip .picture").first.click()

@@ -10,7 +10,7 @@ const FILM_BEAT = 600; // milliseconds
 function checkpointReels() {
   const runs = Map.groupBy(models.map((_, model) => model).filter((model) => data.models[model].run), (model) => data.models[model].run);
   const start = models.length && !data.models[0].run ? [0] : [];
-  return [...runs].map(([run, own]) => {
+  return [...runs].filter(([, own]) => own.length > 1).map(([run, own]) => {
     const columns = [...start, ...own.sort((a, b) => data.models[a].step - data.models[b].step)];
     const frames = columns.map((model) => {
       const { step } = data.models[model];
@@ -27,7 +27,7 @@ function checkpointReels() {
       })),
       series: () => rewards.map((_, reward) => columns.map((model) => mean(order.map((set) => value(set, model, reward))))),
     };
-  }).filter((reel) => reel.frames.length > 1);
+  });
 }
 
 function savedReel(saved) {

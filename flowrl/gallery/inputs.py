@@ -68,30 +68,39 @@ def read_input(place: Path, name: str | None = None) -> Inputs | None:
 def joined(parts: Sequence[tuple[Path, Inputs]]) -> Inputs:
     """Columns of one name in two folders get the folders' names; of two pictures for a place the first stays."""
     whole = Inputs()
-    owners: dict[str, set[Path]] = {}
-    for place, part in parts:
-        for cell in part.cells:
-            owners.setdefault(cell.model, set()).add(place)
+    names = _columns(parts)
+    kinds = {cell.prompt: cell.kind for _, part in parts[::-1] for cell in part.cells[::-1] if cell.kind is not None}
     taken: set[tuple[str, str, int]] = set()
-    kinds: dict[str, str | None] = {}
     for place, part in parts:
-        names = {column: column if len(owned) == 1 else f"{column} ({place.name})" for column, owned in owners.items()}
         for cell in part.cells:
-            cell = replace(cell, model=names[cell.model], kind=kinds.setdefault(cell.prompt, cell.kind))
-            key = cell.model, cell.prompt, cell.seed
-            if key in taken:
+            cell = replace(cell, model=names[place, cell.model], kind=kinds.get(cell.prompt))
+            if (cell.model, cell.prompt, cell.seed) in taken:
                 whole.problems.append(f"Left out, there is another of its prompt and seed: {_file(cell)} ({cell.model})")
                 continue
-            taken.add(key)
+            taken.add((cell.model, cell.prompt, cell.seed))
             whole.cells.append(cell)
         for film in part.films:
             others = [known.name for known in whole.films]
             whole.films.append(film if film.name not in others else replace(film, name=f"{film.name} ({len(others) + 1})"))
         whole.problems += part.problems
         whole.columns |= part.columns
-        whole.models |= {names.get(column, column): model for column, model in part.models.items()}
+        whole.models |= {names.get((place, column), column): model for column, model in part.models.items()}
         whole.trained |= part.trained
     return whole
+
+
+def _columns(parts: Sequence[tuple[Path, Inputs]]) -> dict[tuple[Path, str], str]:
+    """What each column of each folder is called: its own name, with the folder's or its path where another has it, too."""
+    places: dict[str, list[Path]] = {}
+    for place, part in parts:
+        for column in dict.fromkeys(cell.model for cell in part.cells):
+            places.setdefault(column, []).append(place)
+    names = {}
+    for column, homes in places.items():
+        short = len({home.name for home in homes}) == len(homes)
+        for home in homes:
+            names[home, column] = column if len(homes) == 1 else f"{column} ({home.name if short else home})"
+    return names
 
 
 def _file(cell: Cell) -> str:

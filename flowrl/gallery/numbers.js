@@ -49,7 +49,7 @@ function change(d, digits) {
 
 // ---------------------------------------------------------------- intervals: prompts are the units, their seeds stay together
 
-/** The 0.975 quantile of Student's t: exact below 4 degrees of freedom, above by its expansion around the normal one. */
+/** The 0.975 quantile of Student's t: from a table below 4 degrees of freedom, above by its expansion around the normal one (to 0.3 %). */
 function student(freedom) {
   if (freedom < 4) return [Infinity, 12.706, 4.303, 3.182][freedom];
   const z = 1.959964;
@@ -74,6 +74,13 @@ function wilson(share, n) {
   return { low: Math.max(0, centre - half), high: Math.min(1, centre + half) };
 }
 
+/** The interval of a share from one share per prompt; Wilson's where all are the same, as when every prompt is won. */
+function shareInterval(shares) {
+  const { low, high } = interval(shares);
+  if (low === null || low === high) return wilson(mean(shares), shares.length);
+  return { low: Math.max(0, low), high: Math.min(1, high) };
+}
+
 /** A model against the base over these sets: mean delta and share of wins (a tie is half a one), each prompt counting once. */
 function compared(sets, model, reward, base) {
   const byPrompt = new Map();
@@ -89,12 +96,12 @@ function compared(sets, model, reward, base) {
     byPrompt.get(prompt).wins.push({ up: 1, down: 0, same: 0.5 }[tone]);
   }
   const rows = [...byPrompt.values()];
-  const share = mean(rows.map((row) => mean(row.wins)));
+  const shares = rows.map((row) => mean(row.wins));
   return {
     ...interval(rows.map((row) => mean(row.deltas))),
     tally,
-    share,
-    wins: share === null ? null : wilson(share, rows.length),
+    share: mean(shares),
+    wins: shares.length ? shareInterval(shares) : null,
   };
 }
 

@@ -20,6 +20,8 @@ function drawProblems() {
 }
 
 function drawTables() {
+  byId("tables").hidden = !data.tables.length;
+  byId("tables-title").textContent = count(data.tables.length, "table");
   const numeric = /^[▲▼=+−<>~≈±\s-]*\d(?: to |[\d\s.,%±+−×x()[\]▲▼–-])*$|^[–-]?$/;
   for (const table of data.tables) {
     const side = table.header.map((_, i) => (i && table.rows.every((row) => numeric.test(row[i])) ? "number" : ""));
@@ -29,7 +31,7 @@ function drawTables() {
       el("table", {},
         el("thead", {}, line("th", table.header)),
         el("tbody", {}, ...table.rows.map((row) => line("td", row)))));
-    byId("tables").append(el("section", { className: "card" }, el("h2", {}, table.title), scroller));
+    byId("tables-all").append(el("section", { className: "card" }, el("h2", {}, table.title), scroller));
   }
 }
 
@@ -87,7 +89,7 @@ function drawAlarms(results) {
 
 function drawLegend() {
   const against = `Changes compare the same prompt and seed with the base: ▲ better, ▼ worse, = equal. Intervals hold 95 %: each prompt
-    counts once (Student's t for changes, Wilson's for wins; a tie is half a win). `;
+    counts once, with the mean of its seeds (Student's t); a tie is half a win. `;
   byId("legend").append(
     el("p", {}, pairable ? against : "", "A dash means that the reward abstains. Means are over the pictures shown."),
     el("p", {}, "The address is a link to what you see. ", el("button", { type: "button", onclick: () => byId("help").showModal() }, "Keys (?)")));
