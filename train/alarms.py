@@ -109,7 +109,7 @@ class Alarm:
 #: What each alarm says after its signs, and what to try.
 ALARMS = {
     "hacking": ("likely hacking", "another reward beside this one, a pull to the base model (objective.beta, kl), fewer steps"),
-    "possible_hacking": ("hacking?", "look at the pictures, and name rewards that are not trained on (eval_rewards)"),
+    "possible_hacking": ("hacking?", "look at the pictures, and at rewards that are not trained on (eval_rewards)"),
     "collapse": ("mode collapse, the pictures of one prompt become alike", "a pull to the base model, a lower learning_rate"),
     "sameness": ("mode collapse, all prompts draw the same", "a reward that reads the prompt, a pull to the base model"),
     "over_optimisation": ("over-optimisation, beyond the scale of the model", "a lower learning_rate, a pull to the base model"),

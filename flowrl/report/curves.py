@@ -35,16 +35,12 @@ class Mark:
 
 
 def smoothed(points: Points) -> Points:
-    """The mean over the nearest steps, a fifteenth of them, fewer towards the ends. Short series stay as they are."""
+    """The mean over the nearest steps, a tenth of all, and half as many at the ends. Short series stay as they are."""
     if len(points) < DOTS:
         return points
-    reach = max(1, len(points) // 30)
+    reach = max(2, len(points) // 20)
     values = [value for _, value in points]
-    smooth = []
-    for i, (step, _) in enumerate(points):
-        own = min(reach, i, len(points) - 1 - i)
-        smooth.append((step, fmean(values[i - own : i + own + 1])))
-    return smooth
+    return [(step, fmean(values[max(0, i - reach) : i + reach + 1])) for i, (step, _) in enumerate(points)]
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -101,7 +97,9 @@ def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark] = (), note: s
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y(value) + 4:.1f}">{short(value)}</text>')
     for value in ticks(left, right, 5):
         if value == int(value):
-            parts.append(f'<text class="tick middle" x="{x(value):.1f}" y="{foot + 17}">{short(value)}</text>')
+            anchor = "middle" if x(value) < WIDTH - 2 * RIGHT else "end"
+            place = x(value) if anchor == "middle" else WIDTH - 2
+            parts.append(f'<text class="tick {anchor}" x="{place:.1f}" y="{foot + 17}">{short(value)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {foot}H{WIDTH - RIGHT}"/>')
     for mark in marks:
         look = "mark own" if mark.own else "mark"
@@ -129,7 +127,9 @@ def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark] = (), note: s
 
 def padded(low: float, high: float) -> tuple[float, float]:
     """A little room below and above; 0 is the foot of what is never below it and reaches near it."""
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    if low == high == 0:
+        return 0.0, 1.0
+    room = 0.06 * (high - low) or abs(high) * 0.1
     bottom = 0.0 if low >= 0 and low < 0.35 * high else low - room
     return bottom, high + room
 

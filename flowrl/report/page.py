@@ -23,12 +23,13 @@ from flowrl.report.curves import Line, Mark, chart, short
 from flowrl.report.read import Run, Sample
 
 MOST_STEPS, MOST_PICTURES = 8, 8  #: Of the pictures over time: steps, and pictures of each.
-EDGE, SHEET = 160, 1400  #: Pixels: longer side of those pictures, width of an alarm's sheet; larger ones are reduced.
+EDGE, SHEET = 192, 1400  #: Pixels: longer side of those pictures, width of an alarm's sheet; larger ones are reduced.
 #: Parts of a step's time, in their order.
 PARTS = ("data", "rollout", "decode", "score", "learn", "update", "watch")
 #: Metrics that other places of the page show, or that are parts of others.
 ELSEWHERE = (
     "reward",
+    "ratio",
     "images",
     "memory_gb",
     "denoiser_calls",
@@ -100,27 +101,28 @@ def render(run: Run) -> str:
     css = resources.files("flowrl.report").joinpath("page.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
-    body = "\n".join(
-        [
-            head(run),
-            section("Alarms", alarms(run)),
-            section("Rewards", charts(run, reward_charts(run))),
-            section("What the pictures look like", charts(run, LOOKS)),
-            section("How far from the base", charts(run, DISTANCES)),
-            section("Updates", charts(run, UPDATES)),
-            section("Further metrics", charts(run, further(run))),
-            section("Pictures over time", pictures(run)),
-            section("Cost", cost(run)),
-            section("Settings", settings(run)),
-            section("Environment", table(run.environment.items())),
-        ]
-    )
+    sections = {
+        "Alarms": alarms(run),
+        "Rewards" if trained(run) else "Evaluations": charts(run, reward_charts(run)),
+        "What the pictures look like": charts(run, LOOKS),
+        "How far from the base": charts(run, DISTANCES),
+        "Updates": charts(run, UPDATES),
+        "Further metrics": charts(run, further(run)),
+        "Pictures over time": pictures(run),
+        "Cost": cost(run),
+        "Settings": settings(run),
+        "Environment": table(run.environment.items()),
+    }
+    there = {title: content for title, content in sections.items() if content}
+    links = "".join(f'<a href="#{anchor(title)}">{title}</a>' for title in there)
+    parts = [f'<section id="{anchor(title)}"><h2>{title}</h2>{content}</section>' for title, content in there.items()]
+    body = "\n".join([head(run), f"<nav>{links}</nav>", *parts])
     page = PAGE.format(title=html.escape(run.name), policy=policy, css=css, body=body)
     return page.encode("utf-8", "xmlcharrefreplace").decode()
 
 
-def section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+def anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
 
 
 def text(value: Any) -> str:
@@ -140,15 +142,13 @@ def head(run: Run) -> str:
     recipe = run.recipe
     method = name_of(recipe.get("objective")) or name_of(recipe.get("task")) or "training"
     subject = recipe.get("model") or recipe.get("backbone") or ""
-    rewards = recipe.get("rewards")
-    on = f" on {', '.join(map(str, rewards))}" if isinstance(rewards, dict) and rewards and not recipe.get("data") else ""
-    data = f" on {recipe['data']}" if isinstance(recipe.get("data"), str) else ""
+    learnt = trained(run) or ([recipe["data"]] if isinstance(recipe.get("data"), str) else [])
     wanted = recipe.get("max_steps")
     steps = f"{run.steps:,} of {wanted:,} steps" if isinstance(wanted, int) and wanted != run.steps else f"{run.steps:,} steps"
     images = run.points("images")
     facts = [steps, f"{images[-1][1]:,.0f} pictures" if images else "", minutes(run.total("step_time"))]
     notes = "".join(f'<p class="note">{text(note[:1].upper() + note[1:])}.</p>' for note in run.notes)
-    subtitle = " ".join(f"{method} {subject}{on}{data}".split())
+    subtitle = " ".join(f"{method} {subject} {'on' if learnt else ''} {', '.join(map(str, learnt))}".split())
     return (
         f'<header><h1>{text(run.name)}</h1><p class="subtitle">{text(subtitle)}</p>'
         f'<p class="facts">{text(" · ".join(fact for fact in facts if fact))}</p>{notes}</header>'
@@ -174,9 +174,9 @@ def minutes(seconds: float) -> str:
 def alarms(run: Run) -> str:
     """Every alarm with its pictures; or that there was none, or that nothing was watched."""
     if not run.alarms:
-        watched = any(name.startswith("watch/") for name in run.metrics())
-        said = f"None in {run.steps:,} steps." if watched else "This run was not watched."
-        return f'<p class="quiet">{said}</p>'
+        if not any(name.startswith("watch/") for name in run.metrics()):
+            return '<p class="quiet">This run was not watched.</p>' if "objective" in run.recipe else ""
+        return f'<p class="quiet">None in {run.steps:,} steps.</p>'
     parts = []
     for label, row in zip(labels(run), run.alarms, strict=True):
         advice = f"<p>To try: {text(row['advice'])}.</p>" if row.get("advice") else ""
@@ -201,17 +201,22 @@ def sheet(run: Run, row: dict[str, Any]) -> str:
     place = (run.folder / name).resolve()
     if not place.is_relative_to(run.folder.resolve()):
         return ""
-    return embedded(place, SHEET, "The same prompts and noise in the first step and in this one")
+    picture = embedded(place, SHEET, "The same prompts and noise in the first step and in this one")
+    return f'<div class="sheet">{picture}</div>'
 
 
 def marks(run: Run, metrics: Iterable[str]) -> list[Mark]:
     """The alarms in a chart of some metrics."""
-    shown, found = set(metrics), []
+    shown = set(metrics)
+    found: dict[int, Mark] = {}  # alarms of one step stand together
     for label, row in zip(labels(run), run.alarms, strict=True):
-        own = [sign for sign in row.get("signs") or [] if isinstance(sign, dict) and metric_of(str(sign.get("series"))) in shown]
-        since = min((sign["since"] for sign in own if isinstance(sign.get("since"), int)), default=row["step"])
-        found.append(Mark(row["step"], label, bool(own), since))
-    return found
+        step, signs = row["step"], [sign for sign in row.get("signs") or [] if isinstance(sign, dict)]
+        own = [sign for sign in signs if metric_of(str(sign.get("series"))) in shown]
+        since = min((sign["since"] for sign in own if isinstance(sign.get("since"), int)), default=step)
+        last = found.get(step, Mark(step, "", False, step))
+        said = ", ".join(filter(None, [last.label, label if own else ""]))
+        found[step] = Mark(step, said, last.own or bool(own), min(last.since, since))
+    return list(found.values())
 
 
 def metric_of(series: str) -> str:
@@ -228,7 +233,7 @@ def charts(run: Run, of: Charts) -> str:
     drawn = []
     for title, note, members in of:
         metrics = [metric for _, metric in members]
-        shown = [*metrics, "reward"] if only_reward(run) in metrics else metrics
+        shown = [*metrics, "reward"] if [f"rewards/{name}/mean" for name in trained(run)] == metrics[:1] else metrics
         lines = [Line(name, run.points(metric), f"c{i}") for i, (name, metric) in enumerate(members)]
         drawn.append(chart(title, lines, marks(run, shown), note))
         if len(metrics) == 1:
@@ -237,10 +242,10 @@ def charts(run: Run, of: Charts) -> str:
     return f'<div class="charts">{found}</div>' if found else ""
 
 
-def only_reward(run: Run) -> str | None:
-    """The metric of the one reward that is trained on, whose alarms are those of the sum; None where there are several."""
+def trained(run: Run) -> list[str]:
+    """The rewards that were trained on."""
     found = [name for name in run.metrics() if name.startswith("rewards/") and name.endswith("/mean")]
-    return found[0] if len(found) == 1 else None
+    return [name.removeprefix("rewards/").removesuffix("/mean") for name in found]
 
 
 def over_times(run: Run, title: str, metric: str) -> str:
@@ -248,6 +253,8 @@ def over_times(run: Run, title: str, metric: str) -> str:
     metric = "watch/velocity_norm" if metric == "watch/velocity" else metric
     bins = sorted(name for name in run.metrics() if name.startswith(f"{metric}/t") and name.rpartition("/t")[2][:1].isdigit())
     if len(bins) < 2 or metric not in ("clip_ratio", "kl", "watch/velocity_norm", "ratio_deviation"):
+        return ""
+    if all(len({value for _, value in run.points(name)}) == 1 for name in bins):
         return ""
     lines = [Line(f"t = {t}", run.points(name), f"t{tenth(t)}") for name in bins for t in [name.rpartition("/t")[2]]]
     return chart(f"{title}, by time", lines, [], "1 is noise, 0 the picture")
@@ -270,12 +277,12 @@ def reward_charts(run: Run) -> Charts:
         for metric in run.metrics()
         if metric.startswith(start) and metric.endswith(end)
     )
-    trained = [name for name in names if run.points(f"rewards/{name}/mean")]
+    learnt = trained(run)
     found: list[tuple[str, str, Sequence[tuple[str, str]]]] = []
-    if len(trained) != 1:
+    if len(learnt) > 1:
         found.append(("Reward", "weighted sum, of the step's samples", [("reward", "reward")]))
     for name in names:
-        held = "" if name in trained else "held out"
+        held = "held out" if learnt and name not in learnt else ""
         members = [
             ("samples", f"rewards/{name}/mean"),
             ("held-out samples", f"watch/held_out/{name}"),
