@@ -69,6 +69,10 @@ def test_a_saved_base_is_not_drawn_again(here, capsys):
     assert main(["eval", "scores.json:tuned", "--against", "scores.json:base"]) == 0
     again = capsys.readouterr().out
     assert again.splitlines()[2:12] == out.splitlines()[2:12]
+    assert main(["eval", "scores.json:tuned", "--against", "scores.json:base", "--rewards", "jpeg_size"]) == 0
+    assert "brightness" not in capsys.readouterr().out
+    line = refused(capsys, "eval", "scores.json:tuned", "--rewards", "jpeg")
+    assert "scores.json:tuned has scores of brightness, jpeg_size, not of jpeg" in line
 
 
 @pytest.mark.parametrize(

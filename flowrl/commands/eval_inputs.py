@@ -60,7 +60,7 @@ def gather(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> tuple[
     for file in (arguments.out, arguments.markdown):
         if file:
             make_folder(file.parent)
-    results = dict(known)
+    results = {text: selected(text, result, scoring, arguments.rewards) for text, result in known.items()}
     if models and prompts and shared:
         results |= draw(arguments, models, prompts, shared, scoring, target)
     for text, (layout, root) in folders.items():
@@ -203,6 +203,16 @@ def scoring_of(
     encoder = arguments.features or saved.get("features") or (None if known or quiet or not is_embedded(models) else "tiny_clip")
     encoder = None if encoder == "none" else encoder
     return Scoring({**specs, **({"features": encoder} if encoder else {})}, rewards, load_features(encoder) if encoder else None)
+
+
+def selected(text: str, result: Evaluation, scoring: Scoring, wanted: Sequence[str] | None) -> Evaluation:
+    """Of saved scores those that --rewards names, where nothing is scored now (beside models, the shared ones count anyway)."""
+    if not wanted or scoring.rewards:
+        return result
+    labels = list(short_labels(wanted).values())
+    if missing := [label for label in labels if label not in result.rewards]:
+        raise ConfigError(f"{text} has scores of {', '.join(result.rewards) or 'nothing'}, not of {missing[0]}")
+    return replace(result, rewards=labels, scores=result.scores[:, :, [result.rewards.index(label) for label in labels]])
 
 
 def is_embedded(models: Sequence[str]) -> bool:
