@@ -43,6 +43,9 @@ REWARDS: dict[str, str] = {
     "background_consistency": f"{_HERE}.video:BackgroundConsistency",
     "temporal_flicker": f"{_HERE}.video:TemporalFlicker",
     "motion_smoothness": f"{_HERE}.video:MotionSmoothness",
+    "video_text": f"{_HERE}.video_text:VideoText",
+    "video_transport": f"{_HERE}.video_transport:VideoTransport",
+    "video_token_transport": f"{_HERE}.video_transport:VideoTokenTransport",
     "video_reward": f"{_HERE}.video_reward:VideoReward",
     # -- judges
     "judge": f"{_HERE}.judge:YesNo",
@@ -50,6 +53,7 @@ REWARDS: dict[str, str] = {
     "pairwise_rubric": f"{_HERE}.judge:PairwiseRubric",
     "reference_judge": f"{_HERE}.judge:Reference",
     "rubric": f"{_HERE}.judge:Rubric",
+    "assessor": f"{_HERE}.judge:Assessor",
     "win_rate": f"{_HERE}.win_rate:WinRate",
     "yes_token": f"{_HERE}.generative:YesToken",
     # -- artifacts, distributions, critics
@@ -67,6 +71,7 @@ REWARDS: dict[str, str] = {
     "tree": f"{_HERE}.composite:Tree",
     "uncertain": f"{_HERE}.uncertainty:Uncertain",
     "region_map": f"{_HERE}.maps:RegionMap",
+    "frames": f"{_HERE}.frames:FramesOf",
     "remote": f"{_HERE}.remote:Remote",
     # -- without a model
     "brightness": f"{_HERE}.simple:brightness",

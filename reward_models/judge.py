@@ -4,6 +4,7 @@
     Pairwise    which of two samples of a prompt is better, all pairs in both orders (Pref-GRPO); the reward is the win rate
     Reference   P(yes, it is better) against reference pictures (RewardDance), for several tasks (OneReward)
     Rubric      several scores in words (UnifiedReward); PairwiseRubric: the winner per category (UnifiedReward-Flex)
+    Assessor    which kinds of artifacts a model trained for it names (MagicMirror)
 
 Whatever cannot be read abstains (NaN), and is counted in `unread`; it never becomes a score. Judges favour the picture that they
 see first, or last: where two are compared, the mean over both orders cancels that exactly.
@@ -23,8 +24,9 @@ from flowrl.reward_models.judge_client import Answer, Judge, check_weights, colu
 from flowrl.reward_models.judge_pairs import Pairwise, PairwiseRubric
 from flowrl.reward_models.judge_read import read_scores, yes_probability
 from flowrl.reward_models.judge_reference import Reference
+from flowrl.reward_models.magic_mirror import COSTS, Assessment, cleanliness, labels, parse
 
-__all__ = ["Pairwise", "PairwiseRubric", "Reference", "Rubric", "YesNo"]
+__all__ = ["Assessor", "Pairwise", "PairwiseRubric", "Reference", "Rubric", "YesNo"]
 
 #: Questions by name, and whether "yes" is bad news.
 PRESETS: dict[str, tuple[str, bool]] = {
@@ -36,8 +38,14 @@ PRESETS: dict[str, tuple[str, bool]] = {
     ),
 }
 SCORES = (
-    "This picture was made for the prompt: {prompt}\nRate it, each from 1 (worst) to 5 (best), decimals allowed. "
+    "This picture was made for the prompt: {prompt}\nRate it, each from {low} (worst) to {high} (best), decimals allowed. "
     "End with exactly these lines:\n{lines}"
+)
+ASSESS = (
+    "Is this picture as a camera or a careful artist would have made it, or does it have artifacts? Think first, inside <think> "
+    'and </think>. Then write \\boxed{{"Whether Normal": true}} if nothing is wrong with it, else '
+    '\\boxed{{"Whether Normal": false, "Type of Deformity": {...}}} with each label below that applies, and with it the list of '
+    "its sub-labels that do, or true where it has none.\n{labels}"
 )
 
 
@@ -82,17 +90,20 @@ class YesNo(Judge):
 
 @dataclass(kw_only=True, eq=False)
 class Rubric(Judge):
-    """Scores from 1 to 5 in words, one line each ("Alignment Score (1-5): 4.5"), weighted mean of (score - 1) / 4, in [0, 1].
+    """Scores in words, one line each ("Alignment Score (1-5): 4.5"), weighted mean of (score - low) / (high - low), in [0, 1].
 
-    UnifiedReward 2.0 writes its three by itself; `dimensions: [Final]` reads the one of version 1. A sample whose answer lacks a
-    score, repeats it differently, or has one outside 1 to 5 abstains.
+    UnifiedReward 2.0 writes its three by itself; `dimensions: [Final]` reads the one of version 1, and `scale: [1, 4]` with
+    `dimensions: [text_faithfulness, physical_quality, text_rendering]` those of RationalRewards. What the judge says does not
+    apply (N/A) is left out. A sample whose answer lacks a score, repeats it differently, or has one off the scale abstains.
     """
 
     #: What is rated, as the lines call it.
     dimensions: tuple[str, ...] = ("Alignment", "Coherence", "Style")
     #: Weight of each dimension; 1 where it is not named.
     weights: dict[str, float] = field(default_factory=dict)
-    #: {lines} stands for the lines that end the answer, {prompt} and columns as in `judge`.
+    #: The worst and the best score.
+    scale: tuple[float, float] = (1, 5)
+    #: {low} and {high} stand for the scale, {lines} stands for the lines that end the answer, {prompt} and columns as in `judge`.
     question: str = SCORES
     #: Length of an answer, in tokens.
     max_tokens: int = 1024
@@ -103,18 +114,63 @@ class Rubric(Judge):
         super().__post_init__()
         self.dimensions = tuple(self.dimensions)
         check_weights(self.weights, self.dimensions)
+        if len(self.scale) != 2 or not 0 <= self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale={self.scale}: the worst and the best score, as in [1, 5]")
+        self.scale = (float(self.scale[0]), float(self.scale[1]))
 
     @property
     def traits(self) -> Traits:
-        return Traits(columns=columns_of(self.question, "lines"), range=(0.0, 1.0), remote=True, licence="see model card")
+        columns = columns_of(self.question, "lines", "low", "high")
+        return Traits(columns=columns, range=(0.0, 1.0), remote=True, licence="see model card")
 
     def __call__(self, samples: Samples) -> Tensor:
-        lines = "\n".join(f"{name} Score (1-5): <number>" for name in self.dimensions)
-        return self.each(samples, self.question, self.value, self.max_tokens, lines=lines)
+        low, high = (f"{bound:g}" for bound in self.scale)
+        lines = "\n".join(f"{name} Score ({low}-{high}): <number>" for name in self.dimensions)
+        return self.each(samples, self.question, self.value, self.max_tokens, lines=lines, low=low, high=high)
 
     def value(self, answer: Answer) -> float:
-        scores = read_scores(answer.text, self.dimensions)
-        if scores is None:
+        scores = read_scores(answer.text, self.dimensions, self.scale) or {}
+        weights = {name: self.weights.get(name, 1.0) for name, score in scores.items() if not math.isnan(score)}
+        if not sum(weights.values()) > 0:
             return math.nan
-        weights = [self.weights.get(name, 1.0) for name in self.dimensions]
-        return sum(w * (scores[name] - 1) / 4 for w, name in zip(weights, self.dimensions, strict=True)) / sum(weights)
+        low, high = self.scale
+        return sum(w * (scores[name] - low) / (high - low) for name, w in weights.items()) / sum(weights.values())
+
+
+@dataclass(kw_only=True, eq=False)
+class Assessor(Judge):
+    """How free of artifacts a model that was trained to name them calls the picture, in [0, 1] (MagicMirror, arXiv 2509.10260).
+
+    1 - the cost of the kinds that it names over the cost of all. MagicAssessor thinks, then writes labels of two levels as JSON;
+    a sample whose answer has another form abstains. `assess` gives the labels themselves, for `magic_mirror.report`.
+    """
+
+    #: {labels} stands for the kinds and sub-kinds of artifacts, {prompt} and columns as in `judge`.
+    question: str = ASSESS
+    #: Of each kind (attributes, interaction, human, animal, object, other); as `magic_mirror.COSTS` has it where it is not named.
+    costs: dict[str, float] = field(default_factory=dict)
+    #: Length of an answer, in tokens.
+    max_tokens: int = 2048
+
+    name: ClassVar[str] = "assessor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.costs = {**COSTS, **self.costs}
+        check_weights(self.costs, tuple(COSTS), "costs")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(columns=columns_of(self.question, "labels"), range=(0.0, 1.0), remote=True, licence="see model card")
+
+    def __call__(self, samples: Samples) -> Tensor:
+        return self.each(samples, self.question, self.value, self.max_tokens, labels=labels())
+
+    def value(self, answer: Answer) -> float:
+        found = parse(answer.text)
+        return math.nan if found is None else cleanliness(found, self.costs)
+
+    def assess(self, samples: Samples) -> list[Assessment | None]:
+        """What is wrong with each picture; None where nobody was asked or the answer cannot be read."""
+        answers = self.answers(samples, self.question, self.max_tokens, labels=labels())
+        return [parse(answers[i].text) if i in answers else None for i in range(len(samples))]

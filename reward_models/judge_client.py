@@ -129,14 +129,18 @@ class Judge:
 
         max_tokens: of an answer in text; None asks for the first token's probabilities.
         """
+        answers = self.answers(samples, template, max_tokens, **more)
+        scores, said = torch.full((len(samples),), torch.nan), [*answers.values()]
+        scores[list(answers)] = torch.tensor(self.read([value(answer) for answer in said], said))
+        return scores
+
+    def answers(self, samples: Samples, template: str, max_tokens: int | None = None, **more: str) -> dict[int, Answer]:
+        """The answer to one question per sample, by its place; those are missing whose prompt lacks a column of the template."""
         assert samples.images is not None
         texts = {i: text for i, prompt in enumerate(samples.prompts) if (text := fill(template, prompt, **more)) is not None}
-        asked = list(texts)
-        pictures = self.pictures(samples.images[asked])
-        answers = self.ask(list(zip(pictures, texts.values(), strict=True)), max_tokens is None, max_tokens or 1)
-        scores = torch.full((len(samples),), torch.nan)
-        scores[asked] = torch.tensor(self.read([value(answer) for answer in answers], answers))
-        return scores
+        pictures = self.pictures(samples.images[list(texts)])
+        said = self.ask(list(zip(pictures, texts.values(), strict=True)), max_tokens is None, max_tokens or 1)
+        return dict(zip(texts, said, strict=True))
 
     def read(self, values: list[float], answers: Sequence[Answer]) -> list[float]:
         """Count what could not be read (NaN). Raises RewardError when that is all of it: then the question is at fault."""
@@ -194,15 +198,15 @@ def check_choice(option: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{option}={value!r}: choose {' or '.join(known)}")
 
 
-def check_weights(weights: dict[str, float], known: tuple[str, ...]) -> None:
+def check_weights(weights: dict[str, float], known: tuple[str, ...], option: str = "weights") -> None:
     """Weights by name, 1 where one is not named."""
     for name, weight in weights.items():
         if name not in known:
-            raise ValueError(f"weights: {name!r} is not among {', '.join(known)}")
+            raise ValueError(f"{option}: {name!r} is not among {', '.join(known)}")
         if not weight >= 0:
-            raise ValueError(f"weights: {name}={weight} must not be negative")
+            raise ValueError(f"{option}: {name}={weight} must not be negative")
     if not sum(weights.get(name, 1.0) for name in known) > 0:
-        raise ValueError("weights: at least one must be above 0")
+        raise ValueError(f"{option}: at least one must be above 0")
 
 
 _BRACED = re.compile(r"\{(\w+)\}")

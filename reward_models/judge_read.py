@@ -60,16 +60,17 @@ def read_winner(text: str, first: str, second: str) -> float:
     return verdicts.pop() if len(verdicts) == 1 else math.nan
 
 
-def read_scores(text: str, dimensions: Sequence[str]) -> dict[str, float] | None:
-    """Scores from 1 to 5 by dimension, from lines like "Style Score (1-5): 3.5" or "**Style**: 4/5"; None unless all are clear.
+def read_scores(text: str, dimensions: Sequence[str], scale: tuple[float, float] = (1, 5)) -> dict[str, float] | None:
+    """Scores by dimension, from lines like "Style Score (1-5): 3.5" or "**Style**: 4/5"; None unless all are clear.
 
-    Not clear: missing, out of range, twice with different numbers, or with more than a number behind the colon.
+    NaN is what does not apply ("N/A"). Not clear: missing, off the scale, twice with different numbers, or more than a number
+    behind the colon.
     """
     scores: dict[str, float] = {}
     for name in dimensions:
-        line = rf"^[^\w\n]*{re.escape(name)}(?:\s+score)?(?:\s*\(1\s*[-\u2013]\s*5\))?[*_ \t]*:[*_ \t]*"
+        line = rf"^[^\w\n]*{re.escape(name)}(?:\s+score)?(?:\s*\(\d+\s*[-\u2013]\s*\d+\))?[*_ \t]*:[*_ \t]*"
         found = re.findall(line + r"([^\n]*)$", _final(text), re.IGNORECASE | re.MULTILINE)
-        numbers = {_score(rest) for rest in found}
+        numbers = {_score(rest, scale) for rest in found}
         number = numbers.pop() if len(numbers) == 1 else None
         if number is None:
             return None
@@ -125,11 +126,12 @@ def _final(text: str) -> str:
     return answers[-1] if answers else text
 
 
-def _score(text: str) -> float | None:
-    """A number from 1 to 5 and nothing else, but for "/5" and what typesets it."""
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)(?:\s*/\s*5)?[*_.\s]*", text)
-    value = float(number[1]) if number else math.nan
-    return value if 1 <= value <= 5 else None
+def _score(text: str, scale: tuple[float, float]) -> float | None:
+    """A number on the scale and nothing else, but for what it is out of and what typesets it; NaN for what does not apply."""
+    if re.fullmatch(r"(?i:n/a|not applicable)[*_.\s]*", text):
+        return math.nan
+    number = re.fullmatch(rf"(\d+(?:\.\d+)?)(?:\s*/\s*{scale[1]:g})?[*_.\s]*", text)
+    return float(number[1]) if number and scale[0] <= float(number[1]) <= scale[1] else None
 
 
 def _winner(name: Any, first: str, second: str) -> float:

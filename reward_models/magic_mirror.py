@@ -104,6 +104,12 @@ class Assessment:
         return json.dumps({_NORMAL: False, _TYPES[0]: types})
 
 
+def labels() -> str:
+    """All of the assessor's labels, a line each with its sub-labels."""
+    subs = {kind: "; ".join(SUB_WORDS[kind, sub] for sub in TAXONOMY[kind]) for kind in TAXONOMY}
+    return "\n".join(f"{WORDS[kind]}{f' ({subs[kind]})' if subs[kind] else ''}" for kind in TAXONOMY)
+
+
 def parse(answer: str) -> Assessment | None:
     """The assessor's answer, or None where its format is wrong.
 

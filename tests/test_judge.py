@@ -16,8 +16,9 @@ import torch
 from flowrl.batch import Prompt, Samples
 from flowrl.reward_models.base import RewardError, load_reward, score, to_pil
 from flowrl.reward_models.judge import Pairwise, PairwiseRubric, Reference, Rubric, YesNo
-from flowrl.reward_models.judge_client import fill, picture
+from flowrl.reward_models.judge_client import Answer, fill, picture
 from flowrl.reward_models.judge_read import read_rubric, read_scores, read_winner, word_probability, yes_probability
+from flowrl.reward_models.magic_mirror import SUB_WORDS, WORDS, Assessment
 from tests.judge_server import TinyVLM, serve
 from tests.runs import SERVER
 
@@ -27,6 +28,8 @@ QUICK = {"backoff": 0.001}
 #: A judge of brightness, (dis)liking the first picture: P(first wins) = sigmoid(6 (mean of the first - of the second) + 2).
 BIASED = "bright?gain=6&bias=2&words=A,B"
 _names = itertools.count()
+#: What an assessor writes of a normal picture.
+BOX = r' \boxed{{"Whether Normal": true}}'
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,15 @@ def test_winners_by_longer_names():
 )
 def test_scores_in_lines(text, scores):
     assert read_scores(text, ["Alignment", "Style"]) == scores
+
+
+def test_scores_on_another_scale_and_what_does_not_apply():
+    """4 is the best of 1 to 4, and "4/5" is not on it; N/A is NaN, in any writing."""
+    text = "faith: 4/4\ntext Score (1-4): N/A\nlook Score (1-4): **2.5**"
+    scores = read_scores(text, ["faith", "text", "look"], (1, 4))
+    assert (scores["faith"], scores["look"]) == (4.0, 2.5) and math.isnan(scores["text"])
+    assert math.isnan(read_scores("text: not applicable.", ["text"])["text"])
+    assert read_scores("faith: 4/5", ["faith"], (1, 4)) is None and read_scores("faith: 5", ["faith"], (1, 4)) is None
 
 
 def flex(*winners: str, overall: str = "Image 1", names: str = "ABCD", **more) -> str:
@@ -487,7 +499,44 @@ def test_a_rubric_of_scores(server, url):
     weighted = Rubric(url=url, model=model, dimensions=["Look", "Style"], weights={"Look": 3})
     assert weighted(samples([0.5])).item() == 0.71875
     question = seen(server, model)["body"]["messages"][0]["content"][-1]["text"]
-    assert question.endswith("Look Score (1-5): <number>\nStyle Score (1-5): <number>")
+    assert question.endswith("Look Score (1-5): <number>\nStyle Score (1-5): <number>") and "from 1 (worst) to 5" in question
+
+
+def test_a_rubric_on_another_scale(server, url):
+    """4 and 2 of 1 to 4, and one that does not apply: (1 + 1/3) / 2; with all the weight on the latter the sample abstains."""
+    model = new(f"x?text={quote('faith: 4%0Alook: 2%0Atext: N/A', safe='%')}&mute=.9")
+    options = {"url": url, "model": model, "dimensions": ["faith", "look", "text"], "scale": [1, 4]}
+    rubric = load_reward("rubric", **options)
+    values = rubric(samples([0.5, 0.95]))
+    assert values[0].item() == pytest.approx(2 / 3) and values[1].isnan() and rubric.unread == 1
+    question = seen(server, model)["body"]["messages"][0]["content"][-1]["text"]
+    assert "from 1 (worst) to 4 (best)" in question and question.endswith("text Score (1-4): <number>")
+    nothing = {"weights": {"faith": 0, "look": 0}}
+    assert math.isnan(load_reward("rubric", **options, **nothing).value(Answer("faith: 4\nlook: 2\ntext: N/A")))
+
+
+def test_an_assessor_names_kinds(server, url):
+    """A hand and an object: 1 - (1 + 1) / 4.5; at other costs 1 - 0.5 / 3; an answer in another form abstains."""
+    found = Assessment.of("human/hand", "object")
+    text = f"<think>Six fingers.</think> \\boxed{{{found.json}}}"
+    model = new(f"x?text={quote(text)}&mute=.9")
+    assessor = load_reward("assessor", url=url, model=model)
+    batch = samples([0.5, 0.95])
+    values = score({"a": assessor}, batch)[:, 0]
+    assert values[0].item() == pytest.approx(1 - 2 / 4.5) and values[1].isnan() and (assessor.asked, assessor.unread) == (2, 1)
+    assert assessor.assess(batch) == [found, None]
+    costs = {"human": 0.5, "object": 0, "animal": 1}
+    assert load_reward("assessor", url=url, model=model, costs=costs)(batch)[0].item() == pytest.approx(1 - 0.5 / 3)
+    body = seen(server, model)["body"]
+    question = body["messages"][0]["content"][-1]["text"]
+    assert body["max_tokens"] == 2048 and "logprobs" not in body and "{labels}" not in question
+    assert all(word in question for word in (*WORDS.values(), *SUB_WORDS.values()))
+    normal = load_reward("assessor", url=url, model=new(f"x?text={quote('<think>Fine.</think>' + BOX)}"))
+    assert normal(batch).tolist() == [1.0, 1.0]
+    with pytest.raises(RewardError, match="'assessor'.*2 answers and none could be read; the first: 'I cannot say"):
+        load_reward("assessor", url=url, model=new("x?text=I cannot say."))(batch)
+    asked_of_hands = load_reward("assessor", url=url, model=model, question="Look at the {part}. {labels}")
+    assert asked_of_hands.assess(samples([0.5, 0.5], part=["hands", None])) == [found, None]
 
 
 # ------------------------------------------------------------------------------------------------ references
@@ -564,6 +613,9 @@ HERE = "http://127.0.0.1:1/v1"
         ("pairwise", {"url": HERE, "order": "first"}, "order='first': choose both or random"),
         ("pairwise", {"url": HERE, "opponents": 0}, "opponents=0: at least 1"),
         ("rubric", {"url": HERE, "weights": {"Taste": 1}}, "weights: 'Taste' is not among Alignment, Coherence, Style"),
+        ("rubric", {"url": HERE, "scale": [5, 1]}, r"scale=\[5, 1\]: the worst and the best score"),
+        ("assessor", {"url": HERE, "costs": {"hands": 1}}, "costs: 'hands' is not among human, animal, object"),
+        ("assessor", {"url": HERE, "costs": {"human": -1}}, "costs: human=-1 must not be negative"),
         ("reference_judge", {"url": HERE, "tasks": {}}, "tasks: at least one"),
         ("reference_judge", {"url": HERE, "weights": {"overall": 0}}, "weights: at least one must be above 0"),
         ("reference_judge", {"url": HERE, "weights": {"overall": -1}}, "weights: overall=-1 must not be negative"),
@@ -575,7 +627,7 @@ def test_wrong_options(name, options, message):
 
 
 def test_what_they_say_about_themselves():
-    traits = {name: load_reward(name, url=HERE).traits for name in ("judge", "pairwise", "reference_judge", "rubric")}
+    traits = {name: load_reward(name, url=HERE).traits for name in ("judge", "pairwise", "reference_judge", "rubric", "assessor")}
     assert all(t.remote and t.range == (0.0, 1.0) and t.columns == () for t in traits.values())
-    assert [t.arity for t in traits.values()] == ["point", "group", "point", "point"]
+    assert [t.arity for t in traits.values()] == ["point", "group", "point", "point", "point"]
     assert traits["reference_judge"].needs == ("images", "references")
