@@ -41,11 +41,12 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 }
 #: The same without watching, and what they are compared with, which comes first.
 COSTS: dict[str, list[str]] = {
-    "NFT, one reward": ["rewards={tiny_dense: 1.0}", "balance=none"],
-    "five rewards, GDPO": [DISTRACTOR, "balance=none"],
-    "five rewards, MARBLE at each tenth": [DISTRACTOR, "balance={name: marble, refresh: 10}"],
-    "five rewards, MARBLE at each tenth, gram=lora": [DISTRACTOR, "balance={name: marble, refresh: 10, gram: lora}"],
-    "five rewards, MARBLE at each update, gram=lora": [DISTRACTOR, "balance={name: marble, refresh: 1, gram: lora}"],
+    "one reward": ["rewards={tiny_dense: 1.0}", "balance=none"],
+    "five, GDPO": [DISTRACTOR, "balance=none"],
+    "five, MARBLE at each tenth": [DISTRACTOR, "balance={name: marble, refresh: 10, gram: lora}"],
+    "five, MARBLE at each tenth, gram=exact": [DISTRACTOR, "balance={name: marble, refresh: 10, gram: exact}"],
+    "five, MARBLE at each tenth, gram=output": [DISTRACTOR, "balance={name: marble, refresh: 10, gram: output}"],
+    "five, MARBLE at each update": [DISTRACTOR, "balance={name: marble, refresh: 1, gram: lora}"],
 }
 REFRESH = 10  #: Steps in turn, of which one measures.
 SMOOTH = 10  #: Steps that a curve's point is the mean of.
@@ -161,7 +162,7 @@ def cost_table(seconds: dict[str, dict[str, list[float]]]) -> str:
         cells = [f"{np.mean(of[part]):.2f}" for part in ratios]
         cells += [f"{np.mean(r):.3f} ({r.min():.3f} to {r.max():.3f})" for r in ratios.values()]
         rows.append([name, *cells])
-    return text_table(["processor time", "update, s", "step, s", "update, relative (rounds)", "step, relative (rounds)"], rows)
+    return text_table(["rewards, of NFT", "update, s", "step, s", "update, relative (rounds)", "step, relative (rounds)"], rows)
 
 
 def draw(out: Path) -> None:
