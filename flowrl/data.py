@@ -79,7 +79,7 @@ def even_order(kinds: Sequence[Hashable], count: int, step: int, seed: int) -> l
     for k, (kind, rows) in enumerate(places.items()):
         most = each + (more > 0)
         if most > len(rows):
-            raise ValueError(f"prompts_per_step={count} wants {most} prompts of kind {kind!r} in a step, and there are {len(rows)}")
+            raise ValueError(f"prompts_per_step={count} wants {most} prompts of kind {kind!r} in a step; there are {len(rows)}")
         mine = each + ((k - step * more) % len(places) < more)
         order += [rows[i] for i in prompt_order(len(rows), most, step, sample_seed(seed, k))[:mine]] if most else []
     return order

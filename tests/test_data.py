@@ -99,7 +99,7 @@ def test_kinds_come_evenly():
     assert [Counter(kinds[i] for i in even_order(kinds, 2, step, 0)) for step in range(3)] == [
         {"a": 1, "b": 1}, {"c": 1, "a": 1}, {"b": 1, "c": 1}
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="prompts_per_step=13 wants 5 prompts of kind 'b' in a step, and there are 4"):
+    with pytest.raises(ValueError, match="prompts_per_step=13 wants 5 prompts of kind 'b' in a step; there are 4"):
         even_order(kinds, 13, 0, 0)
 
 
