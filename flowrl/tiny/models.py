@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,16 @@ def _byte_letters() -> list[str]:
     return [chr(b if b in visible else next(spare)) for b in range(256)]
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE in which every word of the grammar is one token; any other text falls back to bytes.
+def make_tokenizer(words: Iterable[str] | None = None) -> CLIPTokenizer:
+    """Byte-level BPE in which every word (unless given, those of the grammar) is one token; other text falls back to bytes.
 
     Words are added one by one: what the merges so far leave of a word is joined from left to right by new merges, which
     rank below all earlier ones and hence cannot change the words before.
     """
-    words = sorted({w for spec in all_specs() for w in re.findall(r"[a-z]+", spec["prompt"])} | set(EXTRA_WORDS))
+    if words is None:
+        words = {w for spec in all_specs() for w in re.findall(r"[a-z]+", spec["prompt"])} | set(EXTRA_WORDS)
     merges: list[tuple[str, str]] = []
-    for word in words:
+    for word in sorted(words):
         pieces = [*word[:-1], word[-1] + "</w>"]
         for pair in merges:
             pieces = _merge(pieces, pair)

@@ -20,6 +20,8 @@ TASKS: dict[str, str] = {
     "generative": f"{_HERE}.generative:Generative",
     "latent": f"{_HERE}.latent:Latent",
     "transport": f"{_HERE}.transport:Transport",
+    "video_clip": f"{_HERE}.video_contrastive:VideoContrastive",
+    "video_transport": f"{_HERE}.video_transport:VideoTransport",
     "video_preference": f"{_HERE}.video_preference:VideoPreference",
 }
 

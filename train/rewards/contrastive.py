@@ -6,6 +6,7 @@ picture shows as well as its own ("a star" of a red star) are no negatives.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,21 @@ MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  #: Of the pixels: [0, 1] becomes 
 
 
 def tiny_clip(
-    width: int, layers: int, text_width: int, text_layers: int, dim: int, patch: int = 8, size: int = SIZE
+    width: int,
+    layers: int,
+    text_width: int,
+    text_layers: int,
+    dim: int,
+    patch: int = 8,
+    size: int = SIZE,
+    words: Iterable[str] | None = None,
 ) -> ClipBackbone:
-    """An untrained CLIP with the tokenizer of the embedded world. Heads are 32 wide."""
+    """An untrained CLIP with a tokenizer of these words, by default those of the embedded world. Heads are 32 wide."""
     from transformers import CLIPConfig, CLIPModel
 
     from flowrl.tiny.models import MAX_TOKENS, make_tokenizer
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(words)
     text = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": MAX_TOKENS,

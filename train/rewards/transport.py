@@ -57,7 +57,7 @@ class Transport:
         if self.inner < 1 or self.held_out < 2:
             raise ConfigError(f"task: inner={self.inner} must be at least 1, and held_out={self.held_out} at least 2")
         self.recipe = recipe
-        self.encoder = load_backbone(self.backbone).to(device)
+        self.encoder = self._encoder().to(device)
         rng = np.random.default_rng([recipe.seed, 0])
         if self.pairs == "tiny":
             self.y, self.x, _ = self._drawn(self.count, "train", rng)
@@ -71,6 +71,9 @@ class Transport:
         transport = TransportMap(self.kind, self.encoder.dim, self.hidden).to(device)
         self.game = Game(transport.fit(self.y, self.x, self.shrinkage)).to(device)
         return self.game
+
+    def _encoder(self) -> Any:
+        return load_backbone(self.backbone)
 
     def _drawn(self, count: int, split: str, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
         specs = [random_spec(rng, split) for _ in range(count)]
@@ -133,7 +136,11 @@ class Transport:
         if backbone not in EMBEDDED and Path(backbone).is_dir():
             self.encoder.save(folder)
             backbone = "."
-        self.game.transport.save(folder, backbone)
+        self.game.transport.save(folder, backbone, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What reward.json says besides."""
+        return {}
 
     def describe(self) -> str:
         source = "drawn scenes of the training prompts" if self.pairs == "tiny" else f"`{Path(self.pairs).name}`"
