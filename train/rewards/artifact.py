@@ -1,12 +1,15 @@
 """Trains the artifact detector: binary, per-kind and per-patch cross-entropy of a light head on frozen features (2601.03468).
 
-The curated set is small and has hard negatives. Damaged scenes (`flowrl.tiny.corrupt`) against clean ones, half of both seen
-through the policy's own decoder; and samples of the policy, of few steps too, which the exact reader calls clean (they do what
-the prompt says) or damaged (they hold a component that is no shape). What it calls neither is left out, as doubtful.
+The curated set is small: a folder of pictures that somebody sorted, or the embedded world's, which has hard negatives. There it
+is damaged scenes (`flowrl.tiny.corrupt`) against clean ones, half of both seen through the policy's own decoder; and samples of
+the policy, of few steps too, which the exact reader calls clean (they do what the prompt says) or damaged (they hold a component
+that is no shape). What it calls neither is left out, as doubtful.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowrl.config import ConfigError
+from flowrl.pairs import load_picture
 from flowrl.policy import Policy
 from flowrl.reward_models.artifact import TINY_KINDS, ArtifactHead, encoder, features
+from flowrl.reward_models.backbones import resized
 from flowrl.reward_models.base import embedded_folder
+from flowrl.reward_models.features import picture_files
+from flowrl.reward_models.magic_mirror import TAXONOMY
 from flowrl.tiny import detect_batch, random_spec, render, sample_scene, verify
 from flowrl.tiny.corrupt import KINDS, LABELS, corrupt
 from flowrl.train.rewards.loop import RewardRecipe, Score, positions, seeds
@@ -29,7 +36,7 @@ from flowrl.train.rewards.losses import wins
 @dataclass
 class Curated:
     """Labelled pictures. images: (N, 3, H, W); damaged: (N,) 0 or 1; kinds: (N, K) 0, 1 or NaN where nobody said; mask: (N, H, W)
-    where; source: per picture, the kind of damage, "clean", "sample" or "bad sample"."""
+    where, NaN where nobody said; source: per picture, the kind of damage, "damaged", "clean", "sample" or "bad sample"."""
 
     images: Tensor
     damaged: Tensor
@@ -41,6 +48,15 @@ class Curated:
         names = ("images", "damaged", "kinds", "mask")
         both = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names}
         return Curated(**both, source=self.source + other.source)
+
+    def select(self, rows: Sequence[int]) -> Curated:
+        names = ("images", "damaged", "kinds", "mask")
+        return Curated(**{name: getattr(self, name)[rows] for name in names}, source=[self.source[i] for i in rows])
+
+    def cells(self, grid: tuple[int, int]) -> Tensor:
+        """(N, h, w): 1 where more than a twentieth of a cell is damaged, 0 where not, NaN where nobody said."""
+        share = F.adaptive_avg_pool2d(self.mask[:, None].float(), grid)[:, 0]
+        return share.gt(0.05).float().masked_fill(share.isnan(), torch.nan)
 
 
 def scenes(count: int, names: tuple[str, ...], vae: Any, split: str, rng: np.random.Generator) -> Curated:
@@ -91,6 +107,33 @@ def samples(policy: Policy, count: int, steps: int, split: str, rng: np.random.G
     return Curated(**chosen, source=[source[i] for i in kept])
 
 
+def sorted_pictures(folder: str | Path, size: tuple[int, int]) -> tuple[Curated, tuple[str, ...]]:
+    """Pictures that somebody sorted, squashed to a size (h, w), in half precision; and the kinds of damage that they name.
+
+    FOLDER/clean/*, FOLDER/damaged/* or FOLDER/damaged/KIND/* with MagicMirror's kinds, and where there is one,
+    FOLDER/masks/NAME.png of the damaged picture of that name, bright where it is damaged. Raises ValueError for what is missing
+    or cannot be read.
+    """
+    folder = Path(folder)
+    files = {name: picture_files(folder / name) for name in ("clean", "damaged")}
+    said = [file.relative_to(folder / "damaged").parts[:-1] for file in files["damaged"]]
+    if unknown := {"/".join(parts) for parts in said if parts and (len(parts) > 1 or parts[0] not in TAXONOMY)}:
+        raise ValueError(f"{folder / 'damaged' / min(unknown)}: kinds are {', '.join(TAXONOMY)}")
+    kinds = tuple(kind for kind in TAXONOMY if (kind,) in said) or ("other",)
+    rows = [(file, 0.0, (0.0,) * len(kinds), "clean") for file in files["clean"]]
+    for file, parts in zip(files["damaged"], said, strict=True):
+        named = tuple(float((kind,) == parts) for kind in kinds) if parts else (math.nan,) * len(kinds)
+        rows.append((file, 1.0, named, parts[0] if parts else "damaged"))
+    masks = []
+    for file, damaged, *_ in rows:
+        drawn = folder / "masks" / f"{file.stem}.png"
+        known = resized(load_picture(drawn)[None], size, "squash")[0, 0] > 0.5 if damaged and drawn.is_file() else None
+        masks.append(torch.full(size, math.nan if damaged else 0.0) if known is None else known.float())
+    pictures = [resized(load_picture(file)[None], size, "squash")[0].half() for file, *_ in rows]
+    damaged, named = torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
+    return Curated(torch.stack(pictures), damaged, named, torch.stack(masks), [row[3] for row in rows]), kinds
+
+
 def auc(scores: Tensor, positive: Tensor) -> float:
     """Chance that a positive scores above a negative, ties counting half; NaN without either, and where a score is NaN."""
     above, below = scores[positive.bool()], scores[~positive.bool()]
@@ -101,6 +144,10 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 class Artifact:
     """Options of the task `artifact`."""
 
+    #: `tiny`: drawn scenes and samples of the embedded world; or a folder with pictures in clean/ and damaged/, in which
+    #: damaged/KIND/ may name MagicMirror's kinds (human, animal, object, ...), and masks/NAME.png may say where.
+    data: str = "tiny"
+    eval_share: float = 0.1  #: Held-out part of a folder.
     backbone: str = "tiny_clip"  #: Frozen encoder: an embedded one, a folder or a hub id.
     #: Whose patch features the head reads: 0 is the embedded patches, -1 the last layer.
     layers: list[int] = field(default_factory=lambda: [0, 2])
@@ -117,9 +164,24 @@ class Artifact:
         """Makes the set and its features, once, and the head."""
         if self.held_out_kind not in KINDS:
             raise ConfigError(f"task.held_out_kind={self.held_out_kind!r}: choose one of {', '.join(KINDS)}")
+        if not 0 < self.eval_share < 1:
+            raise ConfigError(f"task.eval_share={self.eval_share}: a share between 0 and 1")
         self.recipe, self.device = recipe, device
         self.encoder = encoder(self.backbone).to(device)
-        policy = Policy.load(self.model, device=device)
+        try:
+            kinds = self._draw() if self.data == "tiny" else self._read()
+        except ValueError as error:
+            raise ConfigError(f"task.data: {error}") from None
+        self.states = self._states(self.train)
+        self.test_states = {name: self._states(part) for name, part in self.tests.items()}
+        self.cells = self.train.cells(self.encoder.grid)
+        self.head = ArtifactHead(self.states.shape[-1], len(self.layers), self.encoder.grid, kinds, self.hidden)
+        return self.head.to(device)
+
+    def _draw(self) -> tuple[str, ...]:
+        """The embedded world's pictures, and their kinds of damage."""
+        recipe = self.recipe
+        policy = Policy.load(self.model, device=self.device)
         trained = tuple(kind for kind in KINDS if kind != self.held_out_kind)
         rng, rng_test = np.random.default_rng([recipe.seed, 0]), np.random.default_rng([recipe.seed, 1])
         self.train = scenes(self.scenes, trained, policy.pipe.vae, "train", rng)
@@ -130,11 +192,22 @@ class Artifact:
             "scenes": scenes(self.held_out, KINDS, policy.pipe.vae, "test", rng_test),
             "samples": samples(policy, self.held_out // 2, 20, "test", rng_test, keep_all=True),
         }
-        self.states = self._states(self.train)
-        self.test_states = {name: self._states(part) for name, part in self.tests.items()}
-        self.cells = F.adaptive_avg_pool2d(self.train.mask[:, None].float(), self.encoder.grid)[:, 0].gt(0.05).float()
-        self.head = ArtifactHead(self.states.shape[-1], len(self.layers), self.encoder.grid, TINY_KINDS, self.hidden)
-        return self.head.to(device)
+        return TINY_KINDS
+
+    def _read(self) -> tuple[str, ...]:
+        """A folder's pictures, a share of either label held out, and their kinds of damage."""
+        everything, kinds = sorted_pictures(self.data, self.encoder.size)
+        held = []
+        for label in (0, 1):
+            rows = (everything.damaged == label).nonzero()[:, 0].numpy()
+            count = math.ceil(self.eval_share * len(rows))
+            if count == len(rows):
+                what = "damaged" if label else "clean"
+                raise ValueError(f"{self.data} has {len(rows)} {what} pictures: too few to hold {count} out")
+            held += np.random.default_rng([self.recipe.seed, label]).permutation(rows)[:count].tolist()
+        self.train = everything.select([i for i in range(len(everything.source)) if i not in set(held)])
+        self.tests = {"pictures": everything.select(held)}
+        return kinds
 
     @torch.no_grad()
     def _states(self, part: Curated) -> Tensor:
@@ -153,33 +226,36 @@ class Artifact:
         pixels = self.encoder.pixels(self.train.images[batch].to(self.device))
         kinds, cells = self.train.kinds[batch].to(self.device), self.cells[batch].to(self.device)
         whole, each, where = self.head(states, pixels)
-        named = ~kinds.isnan()
+        named, drawn = ~kinds.isnan(), ~cells.isnan()  # of clean pictures always
         parts = {
             "binary": F.binary_cross_entropy_with_logits(whole, damaged),
             "kinds": F.binary_cross_entropy_with_logits(each[named], kinds[named]),
-            "map": F.binary_cross_entropy_with_logits(where, cells, pos_weight=where.new_tensor(3.0)),
+            "map": F.binary_cross_entropy_with_logits(where[drawn], cells[drawn], pos_weight=where.new_tensor(3.0)),
         }
         total = parts["binary"] + self.kinds_weight * parts["kinds"] + self.map_weight * parts["map"]
         accuracy = ((whole > 0) == (damaged > 0.5)).float().mean()
         return total, {**{name: value.item() for name, value in parts.items()}, "accuracy": accuracy.item()}
 
     def evaluate(self) -> dict[str, Score]:
-        """AUC and accuracy at 0.5, on scenes and on samples; AUC of the map, and of each kind of damage against clean."""
+        """AUC and accuracy at 0.5, on each held-out set; AUC of the map, of each kind among the damaged, and of each source of
+        damage against clean."""
         result: dict[str, Score] = {}
         for name, part in self.tests.items():
             pixels = self.encoder.pixels(part.images.to(self.device))
             whole, each, where = (x.cpu() for x in self.head(self.test_states[name].to(self.device), pixels))
             result[f"{name}/auc"] = Score(auc(whole, part.damaged), len(whole))
             result[f"{name}/accuracy"] = Score.mean((whole > 0) == (part.damaged > 0.5))
-            cells = F.adaptive_avg_pool2d(part.mask[:, None].float(), self.encoder.grid)[:, 0].gt(0.05)
-            hurt = part.damaged > 0.5
-            result[f"{name}/map_auc"] = Score(auc(where[hurt].flatten(), cells[hurt].flatten()), int(hurt.sum()))
-            if name == "scenes":
-                for i, kind in enumerate(TINY_KINDS):
-                    result[f"kinds/{kind}/auc"] = Score(auc(each[hurt, i], part.kinds[hurt, i]), int(hurt.sum()))
-                for kind in KINDS:
-                    rows = torch.tensor([source in (kind, "clean") for source in part.source])
-                    result[f"scenes/{kind}/auc"] = Score(auc(whole[rows], part.damaged[rows]), int(rows.sum()))
+            cells, hurt = part.cells(self.encoder.grid), part.damaged > 0.5
+            drawn = hurt & ~cells.isnan().flatten(1).any(1)
+            if drawn.any():
+                result[f"{name}/map_auc"] = Score(auc(where[drawn].flatten(), cells[drawn].flatten()), int(drawn.sum()))
+            named = hurt & ~part.kinds.isnan().any(1)
+            for i, kind in enumerate(self.head.kinds if named.any() else ()):
+                result[f"kinds/{kind}/auc"] = Score(auc(each[named, i], part.kinds[named, i]), int(named.sum()))
+            for source in dict.fromkeys(part.source) if named.any() else ():
+                if source != "clean":
+                    rows = torch.tensor([one in (source, "clean") for one in part.source])
+                    result[f"{name}/{source}/auc"] = Score(auc(whole[rows], part.damaged[rows]), int(rows.sum()))
         return result
 
     def save(self, folder: Path) -> None:
@@ -188,18 +264,24 @@ class Artifact:
         if not embedded_folder(backbone).is_dir() and Path(backbone).is_dir():
             self.encoder.save(folder)
             backbone = "."
-        self.head.save(folder, backbone, self.layers, never_seen=self.held_out_kind)
+        facts = {"never_seen": self.held_out_kind} if self.data == "tiny" else {}
+        self.head.save(folder, backbone, self.layers, **facts)
 
     def describe(self) -> str:
         sources = self.train.source
-        drawn = ", ".join(f"{sources.count(name)} {name}" for name in dict.fromkeys(sources) if "sample" not in name)
-        return f"""\
+        counted = ", ".join(f"{sources.count(name)} {name}" for name in dict.fromkeys(sources) if "sample" not in name)
+        start = f"""\
 Probability that a picture has no artifact, in [0, 1], without looking at the prompt: a head on the patch features of layers
 {self.layers} of the frozen encoder `{self.backbone}`, with two convolutions of its own for what these do not see. It also says
-where (`map`) and which of MagicMirror's kinds ({", ".join(TINY_KINDS)}).
-
+where (`map`) and which of MagicMirror's kinds ({", ".join(self.head.kinds)}).
+"""
+        if self.data != "tiny":
+            return f"""{start}
+Trained on {len(sources):,} pictures of `{Path(self.data).name}`: {counted}. Held out: {len(self.tests["pictures"].source)} more.
+AUC is the chance that a damaged picture scores below a clean one."""
+        return f"""{start}
 Trained on {len(sources):,} pictures of training prompts. Drawn scenes, half of them seen through the decoder of `{self.model}`:
-{drawn}. Samples of `{self.model}` in 10 and in 4 steps: {sources.count("sample")} that do what the prompt says are clean,
+{counted}. Samples of `{self.model}` in 10 and in 4 steps: {sources.count("sample")} that do what the prompt says are clean,
 {sources.count("bad sample")} with a component that the exact reader calls no shape are damaged.
 
 Held out: {len(self.tests["scenes"].source)} drawn scenes (`scenes`; the kind `{self.held_out_kind}` was never trained on), and
