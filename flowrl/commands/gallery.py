@@ -16,7 +16,7 @@ server. Views: grid, wipe, blink, film over training, blind vote (its export is 
   flowrl gallery tiny-sd3 runs/demo/checkpoint-* runs/demo         checkpoints of a run become a film, too
   flowrl gallery runs/demo/samples                                 what a run saved while it trained, as a film
   flowrl gallery samples/                                          the folder of `flowrl sample`, with its rewards
-  flowrl gallery before=renders/a after=renders/b --rewards clipscore    folders of pictures: captions in NAME.txt,
+  flowrl gallery before=renders/a after=renders/b --rewards clip_score   folders of pictures: captions in NAME.txt,
                                                                    metadata.jsonl, the pictures themselves, or their names
 """
 

@@ -125,9 +125,12 @@ const gridKeys = {
 };
 const detailKeys = {
   s: () => setMode("side"), w: () => setMode("wipe"), b: () => setMode("blink"),
-  ArrowLeft: () => moveDetail(-1), ArrowRight: () => moveDetail(1), ArrowUp: () => moveDetail(-1, true), ArrowDown: () => moveDetail(1, true),
+  ArrowLeft: () => moveDetail(-1), ArrowRight: () => moveDetail(1),
+  ArrowUp: () => moveDetail(-1, true), ArrowDown: () => moveDetail(1, true),
 };
-const voteKeys = { ArrowLeft: () => vote(1), ArrowRight: () => vote(0), ArrowDown: () => vote(0.5), ArrowUp: skip, Backspace: undo };
+const voteKeys = {
+  ArrowLeft: () => vote(1), ArrowRight: () => vote(0), ArrowDown: () => vote(0.5), ArrowUp: skip, Backspace: undo,
+};
 const filmKeys = { ArrowLeft: () => stopAt(film.frame - 1), ArrowRight: () => stopAt(film.frame + 1) };
 const anyKeys = {
   t: nextTheme, "?": () => (byId("help").open ? byId("help").close() : byId("help").showModal()),

@@ -66,7 +66,8 @@ function drawFigure(prompt, set, model) {
   const cell = set.cells[model];
   const alt = `${models[model]}, seed ${set.seed}: ${prompt.prompt}`;
   const caption = el("figcaption", {}, ...nameOf(model));
-  const figure = el("figure", {}, caption, picture(cell, alt, { lazy: false, original: true }), rewardList(set, model, baseIndex()));
+  const shot = picture(cell, alt, { lazy: false, original: true });
+  const figure = el("figure", {}, caption, shot, rewardList(set, model, baseIndex()));
   if (cell?.image) {
     const size = cell.width ? `${cell.width} × ${cell.height}` : "Original";
     caption.append(el("a", { href: cell.image, target: "_blank", title: "Open the original" }, size));
@@ -83,7 +84,7 @@ function drawWipe(prompt, set) {
 
 /** All pictures in one place, one of them seen; a button for each. */
 function drawBlink(prompt, set) {
-  const chips = models.map((name, model) => el("button", { type: "button", className: "chip", onclick: () => showBlink(model, true) }, name));
+  const chip = (name, model) => el("button", { type: "button", className: "chip", onclick: () => showBlink(model, true) }, name);
   const layers = models.map((name, model) => {
     const layer = picture(set.cells[model], `${name}, seed ${set.seed}: ${prompt.prompt}`, { lazy: false, original: true });
     layer.classList.add("layer");
@@ -92,9 +93,9 @@ function drawBlink(prompt, set) {
   const box = el("span", { className: "pair layers" }, ...layers);
   const first = set.cells.find((cell) => cell?.width);
   if (first) box.style.aspectRatio = `${first.width} / ${first.height}`;
-  const figure = el("figure", {}, el("figcaption", { className: "chips" }, ...chips), box, el("div", { className: "of" }));
+  const chips = el("figcaption", { className: "chips" }, ...models.map(chip));
   queueMicrotask(() => showBlink(blinked));
-  return [figure];
+  return [el("figure", {}, chips, box, el("div", { className: "of" }))];
 }
 
 function showBlink(model, stop = false) {

@@ -8,7 +8,8 @@ const film = { frame: 0, on: false, timer: 0, drawn: null };
 const FILM_BEAT = 600; // milliseconds
 
 function checkpointReels() {
-  const runs = Map.groupBy(models.map((_, model) => model).filter((model) => data.models[model].run), (model) => data.models[model].run);
+  const states = models.map((_, model) => model).filter((model) => data.models[model].run);
+  const runs = Map.groupBy(states, (model) => data.models[model].run);
   const start = models.length && !data.models[0].run ? [0] : [];
   return [...runs].filter(([, own]) => own.length > 1).map(([run, own]) => {
     const columns = [...start, ...own.sort((a, b) => data.models[a].step - data.models[b].step)];
@@ -31,12 +32,12 @@ function checkpointReels() {
 }
 
 function savedReel(saved) {
-  const all = (reward) => saved.frames.flatMap((frame) => [frame.means[reward], ...frame.cells.map((cell) => cell.rewards[reward])]);
+  const numbers = saved.frames.flatMap((frame) => [frame.means, ...frame.cells.map((cell) => cell.rewards)]);
   return {
     name: `${saved.name}/samples`,
     label: `${saved.name}: saved while training`,
     note: saved.note,
-    rewards: saved.rewards.map((name, reward) => ({ name, heldOut: false, scale: scaleOf(all(reward)) })),
+    rewards: saved.rewards.map((name, reward) => ({ name, heldOut: false, scale: scaleOf(numbers.map((row) => row[reward])) })),
     frames: saved.frames.map(({ step }) => ({ label: `step ${step}`, title: `step ${step}`, step })),
     rows: () => {
       const { words } = query();
@@ -77,11 +78,13 @@ function drawStrips(reel) {
   const labelled = film.rows.some((row) => row.prompt !== null);
   byId("reel-rows").classList.toggle("labelled", labelled);
   const words = (...content) => (labelled ? [el("div", { className: "strip-words" }, ...content)] : []);
-  const head = el("div", { className: "strip strip-head" }, ...words(),
-    ...reel.frames.map((frame, i) => el("button", { type: "button", className: "step", title: frame.title, onclick: () => stopAt(i) }, frame.label)));
+  const step = ({ title, label }, i) =>
+    el("button", { type: "button", className: "step", title, onclick: () => stopAt(i) }, label);
+  const head = el("div", { className: "strip strip-head" }, ...words(), ...reel.frames.map(step));
   return [head, ...film.rows.map((row) => {
     const title = words(el("h2", { dir: "auto" }, row.prompt ?? ""), el("p", { className: "facts" }, row.facts));
-    return el("section", { className: "strip" }, ...title, ...row.cells.map((cell, i) => drawFrame(row, cell, reel.frames[i].label)));
+    const shots = row.cells.map((cell, i) => drawFrame(row, cell, reel.frames[i].label));
+    return el("section", { className: "strip" }, ...title, ...shots);
   })];
 }
 
@@ -97,7 +100,8 @@ function drawFrame(row, cell, label) {
 /** A link to the detail view of a set, or to the original where there is no set. */
 function openable(row, cell, content) {
   if (row.set) return el("button", { type: "button", className: "picture", onclick: () => openDetail(row.set) }, content);
-  return cell.image ? el("a", { className: "picture", href: cell.image, target: "_blank", title: "Open the original" }, content) : content;
+  if (!cell.image) return content;
+  return el("a", { className: "picture", href: cell.image, target: "_blank", title: "Open the original" }, content);
 }
 
 function shotRewards(cell) {
@@ -140,12 +144,28 @@ const CHART = { width: 260, height: 76, left: 4, right: 4, top: 6, bottom: 6 };
 function drawCharts(reel) {
   const steps = reel.frames.map((frame) => frame.step).filter((step) => step !== null);
   const [first, final] = [Math.min(...steps), Math.max(...steps)];
-  const x = (step) => CHART.left + (CHART.width - CHART.left - CHART.right) * (final > first ? (step - first) / (final - first) : 0.5);
+  const along = (step) => (final > first ? (step - first) / (final - first) : 0.5);
+  const x = (step) => CHART.left + (CHART.width - CHART.left - CHART.right) * along(step);
   film.x = x;
   return reel.series().map((means, reward) => drawChart(reel, means, reward, x));
 }
 
 function drawChart(reel, means, reward, x) {
+  const { name, heldOut, scale } = reel.rewards[reward];
+  const known = means.filter((v) => v !== null);
+  const range = known.length ? `${shown(Math.min(...known), 3)} to ${shown(Math.max(...known), 3)}` : "–";
+  const number = el("output", { className: "chart-value" });
+  const marks = heldOut ? [el("span", { className: "mark" }, "held out")] : [];
+  const caption = el("figcaption", {}, el("span", {}, name), ...marks, el("span", { className: "range" }, range), number);
+  const drawing = drawCurve(reel, means, x);
+  drawing.setAttribute("aria-label", `${name} over the training: ${range}`);
+  drawing.addEventListener("click", (event) => stopAt(nearestFrame(reel, event, drawing)));
+  const node = el("figure", { className: "chart" }, caption, drawing);
+  node.show = (frame) => { number.textContent = shown(means[frame], Math.max(3, scale.digits)); };
+  return node;
+}
+
+function drawCurve(reel, means, x) {
   const known = means.filter((v) => v !== null);
   let [low, high] = [Math.min(...known), Math.max(...known)];
   if (!known.length) [low, high] = [0, 1];
@@ -156,17 +176,9 @@ function drawChart(reel, means, reward, x) {
   const marks = points.map(([step, v, i]) => svg("circle", { cx: x(step), cy: y(v), r: 2.5, "data-frame": i }));
   const base = reel.frames[0].step === null && means[0] !== null
     ? [svg("line", { class: "chart-base", x1: 0, x2: CHART.width, y1: y(means[0]), y2: y(means[0]) })] : [];
-  const drawing = svg("svg", { viewBox: `0 0 ${CHART.width} ${CHART.height}`, role: "img", "aria-label": `${reel.rewards[reward].name} over the training` },
-    ...base, svg("line", { class: "chart-now", x1: 0, x2: 0, y1: 0, y2: CHART.height }), svg("polyline", { points: line }), ...marks);
-  drawing.addEventListener("click", (event) => stopAt(nearestFrame(reel, event, drawing)));
-  const { name, heldOut, scale } = reel.rewards[reward];
-  const now = el("output", { className: "chart-value" });
-  const range = known.length ? `${shown(Math.min(...known), 3)} to ${shown(Math.max(...known), 3)}` : "–";
-  const node = el("figure", { className: "chart" },
-    el("figcaption", {}, el("span", {}, name), ...(heldOut ? [el("span", { className: "mark" }, "held out")] : []),
-      el("span", { className: "range" }, range), now), drawing);
-  node.show = (frame) => { now.textContent = shown(means[frame], Math.max(3, scale.digits)); };
-  return node;
+  const now = svg("line", { class: "chart-now", x1: 0, x2: 0, y1: 0, y2: CHART.height });
+  const viewBox = `0 0 ${CHART.width} ${CHART.height}`;
+  return svg("svg", { viewBox, role: "img" }, ...base, now, svg("polyline", { points: line }), ...marks);
 }
 
 function nearestFrame(reel, event, drawing) {

@@ -161,7 +161,8 @@ function nameOf(model) {
 
 function columnHeads() {
   if (!inPairs()) return models.map((_, model) => el("span", { className: "column" }, ...nameOf(model)));
-  const side = (name, mark) => el("span", { className: "side" }, el("b", { className: "letter" }, mark), el("span", { className: "model-name", title: name }, name));
+  const side = (name, mark) => el("span", { className: "side" },
+    el("b", { className: "letter" }, mark), el("span", { className: "model-name", title: name }, name));
   return [el("span", { className: "column sides" }, side(state.base, "A"), side(state.model, "B"))];
 }
 
@@ -171,7 +172,7 @@ function drawColumns() {
     el("span", { className: "words" }), el("div", { className: "sets" }, ...heads)));
 }
 
-/** As many sets beside each other as fit, where prompts have several seeds; two pictures in one place fill the width of the grid. */
+/** As many sets beside each other as fit, where prompts have several seeds; pairs in one place fill the width of the grid. */
 function fitSlots() {
   const sheet = getComputedStyle(root);
   const px = (name) => parseFloat(sheet.getPropertyValue(name));
@@ -184,9 +185,8 @@ function fitSlots() {
   const fit = fitting(room - between, set);
   slots = inPairs() ? fitting(Math.min(room - between, fit * (set + between) - between), 1.3 * unit) : fit;
   root.classList.toggle("roomy", fit === 1);
-  for (const [name, number] of Object.entries({ models: Math.max(1, models.length), fit, slots, across: Math.max(1, across()) })) {
-    root.style.setProperty(`--${name}`, number);
-  }
+  const counts = { models: Math.max(1, models.length), fit, slots, across: Math.max(1, across()) };
+  for (const [name, number] of Object.entries(counts)) root.style.setProperty(`--${name}`, number);
   drawColumns();
 }
 

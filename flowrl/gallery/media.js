@@ -67,7 +67,7 @@ function videoBox(cell, alt) {
       if (playing.on && video.paused && !video.ended) video.play().catch(() => {});
       if (!playing.on && !video.paused) video.pause();
       const late = Math.abs(video.currentTime - at) > (playing.on ? 0.15 : 0.02);
-      if (known() && late && !video.seeking) video.currentTime = at;
+      if (known() && late && !(playing.on && video.seeking)) video.currentTime = at; // paused, there is no later call
     },
   });
   return video;
@@ -78,7 +78,10 @@ function videoBox(cell, alt) {
 const nearby = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (isIntersecting) clips.add(target.clip);
-    else clips.delete(target.clip);
+    else {
+      clips.delete(target.clip);
+      target.pause?.();
+    }
   }
   if (clips.size) beat();
 }, { rootMargin: "200px" });
@@ -91,7 +94,7 @@ function watchClip(node, clip) {
 const period = () => Math.max(1, ...[...clips].map((clip) => clip.length()));
 const clock = () => (playing.on ? performance.now() - playing.started : playing.at);
 
-/** Every clip shows what it has at this moment; the longest decides when all begin again, shorter ones wait on their last frame. */
+/** Every clip shows what it has now; the longest decides when all begin again, shorter ones wait on their last frame. */
 function beat() {
   cancelAnimationFrame(playing.timer);
   const now = clock() % period();

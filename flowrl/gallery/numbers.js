@@ -49,7 +49,7 @@ function change(d, digits) {
 
 // ---------------------------------------------------------------- intervals: prompts are the units, their seeds stay together
 
-/** The 0.975 quantile of Student's t: from a table below 4 degrees of freedom, above by its expansion around the normal one (to 0.3 %). */
+/** The 0.975 quantile of Student's t: a table below 4 degrees of freedom, then the expansion around the normal one (to 0.3 %). */
 function student(freedom) {
   if (freedom < 4) return [Infinity, 12.706, 4.303, 3.182][freedom];
   const z = 1.959964;

@@ -1,4 +1,4 @@
-// Two pictures in one place: A is the base, B the model that is compared with it. Wipe between them, or blink from one to the other.
+// Two pictures in one place: A is the base, B the model that is compared with it. Wipe between them, or blink.
 
 const pair = { at: 50, flipped: false }; // at: how much of A is seen, in percent; flipped: blinking shows B
 const BLINK = 700; // milliseconds
@@ -9,7 +9,8 @@ function pairBox(set, mode, prompt, big = false) {
   const names = [state.base, state.model];
   const lacking = cells.findIndex((cell) => !cell?.image);
   if (lacking >= 0) return placeholder(`${names[lacking]}: ${cells[lacking]?.note ?? "No picture"}`);
-  const pictures = cells.map((cell, i) => picture(cell, `${names[i]}, seed ${set.seed}: ${prompt}`, { lazy: !big, original: big }));
+  const alt = (name) => `${name}, seed ${set.seed}: ${prompt}`;
+  const pictures = cells.map((cell, i) => picture(cell, alt(names[i]), { lazy: !big, original: big }));
   pictures.forEach((node, i) => node.classList.add(i ? "over" : "under"));
   const box = el("span", { className: `pair ${mode}` }, ...pictures);
   if (cells[0].width) box.style.aspectRatio = `${cells[0].width} / ${cells[0].height}`;
@@ -53,8 +54,9 @@ function pairRewards(set) {
   const [base, model] = [baseIndex(), modelIndex()];
   rewards.forEach((name, reward) => {
     const { digits } = scales[reward];
-    const line = rewardLine(name, scales[reward], value(set, model, reward), delta(set, model, reward, base));
-    line.querySelector(".value").textContent = `${shown(value(set, base, reward), digits)} → ${shown(value(set, model, reward), digits)}`;
+    const [a, b] = [value(set, base, reward), value(set, model, reward)];
+    const line = rewardLine(name, scales[reward], b, delta(set, model, reward, base));
+    line.querySelector(".value").textContent = `${shown(a, digits)} → ${shown(b, digits)}`;
     list.append(line);
   });
   return list;

@@ -121,7 +121,8 @@ function onlyTest() {
 }
 
 const TESTS = {
-  "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b, "=": (a, b) => Math.abs(a - b) < 1e-9,
+  "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b,
+  "=": (a, b) => Math.abs(a - b) < 1e-9,
 };
 
 /** A condition like tiny_strict<0.5, of the model's value, or Δtiny_strict<0, of its delta; null for any other word. */

@@ -6,7 +6,8 @@ function drawHead() {
   byId("subtitle").hidden = !data.subtitle;
   const pictures = allSets.reduce((n, set) => n + set.cells.filter((cell) => cell?.image).length, 0);
   const inFilms = films.reduce((n, film) => n + film.frames.reduce((m, frame) => m + frame.cells.length, 0), 0);
-  const facts = prompts.length ? [count(models.length, "model"), count(prompts.length, "prompt"), count(pictures, "picture")] : [];
+  const facts = [];
+  if (prompts.length) facts.push(count(models.length, "model"), count(prompts.length, "prompt"), count(pictures, "picture"));
   if (inFilms) facts.push(`${count(films.length, "film")} of ${count(inFilms, "picture")}`);
   byId("facts").textContent = facts.join(" · ");
 }
@@ -16,7 +17,8 @@ function drawProblems() {
   if (!data.problems.length) return;
   const lines = data.problems.slice(0, 200).map((text) => el("li", { dir: "auto" }, text));
   if (data.problems.length > 200) lines.push(el("li", {}, `and ${data.problems.length - 200} more`));
-  byId("problems").append(el("summary", {}, `${count(data.problems.length, "problem")} while the gallery was made`), el("ul", {}, ...lines));
+  const head = `${count(data.problems.length, "problem")} while the gallery was made`;
+  byId("problems").append(el("summary", {}, head), el("ul", {}, ...lines));
 }
 
 function drawTables() {
@@ -26,7 +28,8 @@ function drawTables() {
   for (const table of data.tables) {
     const side = table.header.map((_, i) => (i && table.rows.every((row) => numeric.test(row[i])) ? "number" : ""));
     const toneOf = (text) => ({ "▲": " up", "▼": " down" })[text[0]] ?? "";
-    const line = (tag, row) => el("tr", {}, ...row.map((text, i) => el(tag, { className: side[i] + toneOf(text), dir: "auto" }, text)));
+    const cell = (tag) => (text, i) => el(tag, { className: side[i] + toneOf(text), dir: "auto" }, text);
+    const line = (tag, row) => el("tr", {}, ...row.map(cell(tag)));
     const scroller = el("div", { className: "scroller", tabIndex: 0, role: "group", "aria-label": table.title },
       el("table", {},
         el("thead", {}, line("th", table.header)),
@@ -54,11 +57,13 @@ function drawCard(name, reward, results) {
   const lines = models.map((model, index) => {
     const average = mean(order.map((set) => value(set, index, reward)));
     const line = rewardLine(model, scales[reward], average, index === baseIndex() ? null : results[index].mean, 3);
-    if (index !== baseIndex() && results[index].mean !== null) line.append(el("span", { className: "tally" }, ...against(results[index])));
+    const tells = index !== baseIndex() && results[index].mean !== null;
+    if (tells) line.append(el("span", { className: "tally" }, ...against(results[index])));
     return line;
   });
   const { low, high } = scales[reward];
-  const head = el("h2", {}, el("span", {}, name), ...(data.rewards[reward].heldOut ? [el("span", { className: "mark" }, "held out")] : []),
+  const marks = data.rewards[reward].heldOut ? [el("span", { className: "mark" }, "held out")] : [];
+  const head = el("h2", {}, el("span", {}, name), ...marks,
     el("span", { className: "range", title: "Where the bars begin and end" }, `${shown(low, 2)} to ${shown(high, 2)}`));
   return el("section", { className: "card" }, head, el("ul", { className: pairable ? "rewards" : "rewards first" }, ...lines));
 }
@@ -88,9 +93,9 @@ function drawAlarms(results) {
 }
 
 function drawLegend() {
-  const against = `Changes compare the same prompt and seed with the base: ▲ better, ▼ worse, = equal. Intervals hold 95 %: each prompt
-    counts once, with the mean of its seeds (Student's t); a tie is half a win. `;
+  const against = `Changes compare the same prompt and seed with the base: ▲ better, ▼ worse, = equal. Intervals hold 95 %:
+    each prompt counts once, with the mean of its seeds (Student's t); a tie is half a win. `;
   byId("legend").append(
     el("p", {}, pairable ? against : "", "A dash means that the reward abstains. Means are over the pictures shown."),
-    el("p", {}, "The address is a link to what you see. ", el("button", { type: "button", onclick: () => byId("help").showModal() }, "Keys (?)")));
+    el("p", {}, "The address is a link to what you see. ? lists the keys."));
 }

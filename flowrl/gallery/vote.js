@@ -1,11 +1,11 @@
-// The blind vote: two pictures of one prompt, sides by chance, no names, no rewards; what was preferred is kept in the browser and
-// written as preference pairs that `flowrl train` and `flowrl train-reward` read.
+// The blind vote: two pictures of one prompt, sides by chance, no names, no rewards; what was preferred is kept in the browser
+// and written as preference pairs that `flowrl train` and `flowrl train-reward` read.
 //
-// A *duel* is {key, prompt, cells: [two], models: [two], sets: [two], swapped}: in its own order, and whether the page swaps the sides.
+// A *duel* is {key, prompt, cells: [two], models: [two], sets: [two], swapped}: in its own order; swapped: the page turns it.
 
 const contests = contestChoices();
 const VOTES = `flowrl-votes-${data.id}`;
-const ballot = loadVotes(); // {salt, votes: {key: preference for the duel's first picture: 1, 0, or 0.5 for a tie}, trail: [keys]}
+const ballot = loadVotes(); // {salt, votes: {key: preference for the duel's first picture, a tie is 0.5}, trail: [keys]}
 let duels = []; // those of this contest and selection, in the order in which they come
 let duel = null;
 let skipped = new Set();
@@ -14,7 +14,8 @@ function contestChoices() {
   const choices = [];
   if (last > 0) choices.push({ value: "", label: "Two models, same seed" });
   if (last > 1) choices.push({ value: "all", label: "All pairs of models, same seed" });
-  if (prompts.some((prompt) => prompt.sets.length > 1)) choices.push({ value: last > 0 ? "seeds" : "", label: "Two seeds of one model" });
+  const seeds = prompts.some((prompt) => prompt.sets.length > 1);
+  if (seeds) choices.push({ value: last > 0 ? "seeds" : "", label: "Two seeds of one model" });
   return choices;
 }
 
@@ -165,7 +166,8 @@ function drawBallot() {
   const entries = decided();
   const ties = entries.filter((entry) => entry.label === 0.5).length;
   const all = count(entries.length, "vote") + (ties ? `, ${count(ties, "tie")} among them` : "");
-  const where = store.lasts ? "They stay in this browser." : "This browser keeps nothing for this page: download before you close it.";
+  const lost = "This browser keeps nothing for this page: download before you close it.";
+  const where = store.lasts ? "They stay in this browser." : lost;
   byId("vote-count").textContent = entries.length ? `${all}. ${where}` : "No votes yet.";
   byId("download").disabled = !entries.length;
   byId("forget").disabled = !entries.length;
@@ -186,15 +188,18 @@ function results(entries) {
   const meetings = Map.groupBy(entries.filter(({ models: [a, b] }) => a !== b), (entry) => entry.models.join());
   const wins = [...meetings.values()].map((met) => {
     const [a, b] = met[0].models;
-    return [`${models[b]} against ${models[a]}`, share(1 - mean(met.map((entry) => entry.label)), met.length), String(met.length)];
+    const rate = 1 - mean(met.map((entry) => entry.label));
+    return [`${models[b]} against ${models[a]}`, share(rate, met.length), String(met.length)];
   });
   if (wins.length) found.push(table("Wins", ["", "wins (a tie is half a one), 95 %", "votes"], wins));
   const agreement = rewards.flatMap((name, reward) => {
-    const told = entries.map((entry) => [entry.label, entry.cells.map((cell) => cell.rewards[reward])])
-      .filter(([label, [a, b]]) => label !== 0.5 && a !== null && b !== null && a !== b).map(([label, [a, b]]) => Number((a > b) === (label === 1)));
+    const told = entries.map(({ label, cells: [a, b] }) => [label, a.rewards[reward], b.rewards[reward]])
+      .filter(([label, a, b]) => label !== 0.5 && a !== null && b !== null && a !== b)
+      .map(([label, a, b]) => Number((a > b) === (label === 1)));
     return told.length ? [[name, share(mean(told), told.length), String(told.length)]] : [];
   });
-  if (agreement.length) found.push(table("Rewards that agree with the votes", ["", "agrees, 95 %", "votes it decides"], agreement));
+  const head = ["", "agrees, 95 %", "votes it decides"];
+  if (agreement.length) found.push(table("Rewards that agree with the votes", head, agreement));
   return found.length ? found : [el("p", {}, "Nothing to count yet.")];
 }
 
@@ -241,9 +246,10 @@ function drawCommands(entries) {
   const quoted = /^[\w./@:+-]+$/.test(file) ? file : `'${file.replaceAll("'", "'\\''")}'`;
   const strict = Math.max(1, entries.filter((entry) => entry.label !== 0.5).length);
   const size = strict < 48 ? ` prompts_per_step=${strict} batch_size=${2 * strict}` : "";
+  const home = folder === null ? ", beside index.html" : ` (${folder})`;
   byId("paths-note").textContent = absolute()
     ? "The file names the pictures by their full paths: it can lie anywhere on this machine."
-    : `Save the file in the gallery's folder${folder === null ? ", beside index.html" : ` (${folder})`}: it names the pictures relative to itself.`;
+    : `Save the file in the gallery's folder${home}: it names the pictures relative to itself.`;
   byId("command-train").textContent = `flowrl train tiny-dpo-offline data=${quoted} output_dir=runs/voted${size}`;
   byId("command-reward").textContent = `flowrl train-reward tiny-preference task.data=${quoted} output_dir=runs/voted_reward`;
 }
