@@ -78,23 +78,28 @@ DRILLS = {
     "dark": Drill("dark", HACKING, "brightness"),
     "texture": Drill("texture", HACKING, "high_frequency"),
     "copies": Drill("copies", ("collapse",), "diversity"),
-    "one": Drill("one", ("sameness", "collapse"), "spread"),
+    "one": Drill("one", ("sameness",), "spread"),
 }
 HEALTHY = "quickstart"
 
 
 def stop_when_found(trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
     """A hook: the drill is over once the right alarm sounded."""
-    drill = DRILLS[trainer.folder.name.rpartition("-")[0]]
-    if any(sign["series"] == drill.sign for row in alarms_of(trainer.folder, drill.alarms) for sign in row["signs"]):
+    if right(trainer.folder) is not None:
         trainer.recipe.max_steps = step
 
 
-def alarms_of(folder: Path, names: tuple[str, ...] = ()) -> list[dict]:
-    """The alarms of a run, all or those of some names."""
+def alarms_of(folder: Path) -> list[dict]:
+    """The alarms of a run, in their order."""
     file = folder / "alarms.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [row for row in rows if not names or row["alarm"] in names]
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def right(folder: Path) -> dict | None:
+    """The first alarm of a drill that has the right name, and the right sign among its signs."""
+    drill = DRILLS[folder.name.rpartition("-")[0]]
+    rows = [row for row in alarms_of(folder) if row["alarm"] in drill.alarms]
+    return next((row for row in rows if drill.sign in [sign["series"] for sign in row["signs"]]), None)
 
 
 def train(name: str, seed: int, out: Path) -> None:
@@ -111,17 +116,23 @@ def train(name: str, seed: int, out: Path) -> None:
 
 
 def table(out: Path) -> str:
-    header = ["run", "seed", "steps", "alarm", "step", "signs", "watch, % of time"]
+    """Of each run its first alarm, and the first of the right name with the right sign; of a healthy one that there was none."""
+    header = ["run", "seed", "steps", "first alarm", "step", "right alarm", "step", "sign", "watch, % of time"]
     rows = []
     for folder in sorted(path.parent for path in out.glob("*/metrics.jsonl")):
         name, _, seed = folder.name.rpartition("-")
-        metrics = read_metrics(folder)
+        metrics, raised = read_metrics(folder), alarms_of(folder)
         cost = f"{100 * sum(row['watch_time'] for row in metrics) / sum(row['step_time'] for row in metrics):.1f}"
-        own = [name, seed, str(len(metrics))]
-        raised = alarms_of(folder)
-        rows += [[*own, row["alarm"], str(row["step"]), ", ".join(s["text"] for s in row["signs"]), cost] for row in raised]
-        if not raised:
-            rows.append([*own, "none", "", "", cost])
+        first = [raised[0]["alarm"], str(raised[0]["step"])] if raised else ["none", ""]
+        found = right(folder) if name in DRILLS else None
+        said = ["", "", ""] if name not in DRILLS else ["none", "", ""]
+        if found is not None:
+            said = [
+                found["alarm"],
+                str(found["step"]),
+                next(s["text"] for s in found["signs"] if s["series"] == DRILLS[name].sign),
+            ]
+        rows.append([name, seed, str(len(metrics)), *first, *said, cost])
     return text_table(header, rows)
 
 

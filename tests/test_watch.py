@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 
 from flowrl import Policy, Trainer, load_recipe
 from flowrl.batch import Samples
+from flowrl.cli import main
 from flowrl.config import ConfigError
 from flowrl.record import LORA_FILE, checkpoints, read_metrics
 from flowrl.train.trends import Trend
 from flowrl.train.watch import Trends, Watch
 from tests.pipelines import CALL, tiny
+from tests.runs import SERVER, ranks
 
 #: Certain early, for the sake of time; no gradient would make pictures drift so fast.
 OPTIONS = ["watch.false_alarms=0.5", "num_inference_steps=2", "max_steps=30", "checks=false"]
@@ -199,6 +202,35 @@ def test_rollback_without_a_sound_checkpoint(recipe, tmp_path, capsys):
     assert "found no checkpoint from before step" in capsys.readouterr().out
 
 
+def darkening(recipe: str, folder: str, out: str, env: dict[str, str]) -> None:
+    """One of several processes that train together, with pictures that turn dark in step 13."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    options = ["watch.action=rollback", "checkpointing_steps=2", "checkpoints_total_limit=0", "batch_size=2"]
+    trainer = make(Path(recipe), Path(folder), *options, dims=lambda step: 1.0 if step < 12 else 0.02)
+    trainer.train()
+    torch.save({"step": trainer.progress.step, "weights": dict(trainer.policy.trainable())}, out)
+
+
+def test_two_processes_go_back_together(recipe, tmp_path):
+    """Both come to the same verdict, take the same checkpoint, and hold the same weights; the alarm is written once."""
+    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    processes = [
+        SERVER.Process(target=darkening, args=(str(recipe), str(tmp_path / "run"), str(out), env))
+        for out, env in zip(outs, ranks(2), strict=True)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+    one, other = (torch.load(out, weights_only=False) for out in outs)
+    assert one["step"] == other["step"] in (6, 8, 10)
+    assert all(torch.equal(one["weights"][key], other["weights"][key]) for key in one["weights"])
+    rows = alarms(tmp_path / "run")
+    assert rows[-1]["alarm"] == "rollback" and len({row["alarm"] for row in rows}) == len(rows)
+
+
 # ------------------------------------------------------------------------------------------------ state, options, other runs
 
 
@@ -272,6 +304,14 @@ def test_training_from_data_is_watched_too(recipe, tmp_path):
     trainer.train()
     row = read_metrics(trainer.folder)[0]
     assert row["watch/velocity"] == 1 and "watch/dark" not in row
+
+
+def test_every_option_is_explained(capsys):
+    assert main(["train", "--options", "watch"]) == 0
+    said = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith("  ") and line[2] != " "}
+    assert set(lines) == {"action", "false_alarms", "change", "held_out_samples", "ignore"}
+    assert all(len(words) >= 4 for words in lines.values()) and "watch=none: Measure nothing." in said
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,13 @@ SHOWN = 192  #: Pixels of their shorter side, at most.
 
 @dataclass(frozen=True)
 class Trends:
-    """Test for drifts, and raise alarms."""
+    """Test what pictures, held-out rewards and updates become for drifts, and raise alarms (docs/watch.md)."""
 
     #: Of an alarm: warn goes on, stop ends the run as it is, rollback ends it with the newest checkpoint from before the signs.
     action: Literal["warn", "stop", "rollback"] = "warn"
     #: Probability, over the whole run, that any series counts as drifting while nothing does.
     false_alarms: float = 0.01
-    #: Factor by which edges, colours, saturation or high frequencies have to change. Dark pixels: 20 points.
+    #: Factor by which edges, colours, saturation or high frequencies have to change. Brightness, dark pixels: 20 points.
     change: float = 1.5
     #: Samples of a step, over all processes, that held-out rewards score. 0 leaves them to the evaluations.
     held_out_samples: int = 32

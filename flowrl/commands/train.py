@@ -8,16 +8,28 @@ from typing import Any
 from flowrl.commands.common import command, positive, quiet_libraries
 from flowrl.commands.rewards import print_options
 
+#: The sections of a recipe that name a class, and where their classes are.
+SECTIONS = {
+    "objective": "flowrl.train.objectives:OBJECTIVES",
+    "transition": "flowrl.samplers:TRANSITIONS",
+    "steps": "flowrl.samplers:SCHEDULES",
+    "times": "flowrl.samplers:TIMES",
+    "balance": "flowrl.train.balance:BALANCES",
+    "watch": "flowrl.train.watch:WATCHES",
+}
+SECTIONS_HELP = f"explain what a section may name, and its options, and train nothing: {', '.join(SECTIONS)}"
+
 
 def add(commands: Any) -> None:
     train = command(commands, "train", run_train, "train a model by a recipe", description=train_help())
-    train.add_argument("recipe", help="a recipe that ships (see `flowrl recipes`) or a YAML file")
+    train.add_argument("recipe", nargs="?", help="a recipe that ships (see `flowrl recipes`) or a YAML file")
     train.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
         help="options that differ, like max_steps=20 objective.epsilon=1e-5",
     )
+    train.add_argument("--options", metavar="SECTION", choices=[*SECTIONS], help=SECTIONS_HELP)
 
     teach = command(
         commands, "train-reward", run_train_reward, "train a reward model by a recipe", description=train_reward_help()
@@ -64,9 +76,25 @@ def options_help(start: str, recipes: list[str], cls: Any) -> str:
     return "\n".join(lines)
 
 
-def run_train(arguments: argparse.Namespace) -> int:
-    from flowrl.config import load_recipe
+def print_section(section: str) -> None:
+    """What a section of a recipe may name, each with its options."""
+    from importlib import import_module
 
+    module, _, name = SECTIONS[section].partition(":")
+    for label, made in getattr(import_module(module), name).items():
+        print(f"{section}={label}: {' '.join((made.__doc__ or '').split())}")
+        print_options(made, {})
+        print()
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from flowrl.config import ConfigError, load_recipe
+
+    if arguments.options:
+        print_section(arguments.options)
+        return 0
+    if arguments.recipe is None:
+        raise ConfigError("no recipe: give one that ships (see `flowrl recipes`) or a YAML file")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     quiet_libraries()
     from flowrl.train.trainer import Trainer, set_threads
@@ -78,7 +106,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         return 130
     if trainer.is_main:
         print(f"\nDone: {folder}\n  flowrl eval {folder} --against {recipe.model}")
-        print(f"  flowrl gallery {recipe.model} {folder} --out {folder}/gallery")
+        print(f"  flowrl gallery {recipe.model} {folder} --out {folder}/gallery\n  flowrl report {folder}")
     return 0
 
 
