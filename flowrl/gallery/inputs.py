@@ -259,7 +259,7 @@ def read_geneval(place: Path, name: str | None) -> Inputs | None:
     found = Inputs()
     for folder in folders:
         row = next(rows_of(folder / METADATA, found.problems), {})
-        prompt = row.get("prompt") if isinstance(row.get("prompt"), str) else folder.name
+        prompt = str(row.get("prompt", folder.name))
         kind = str(row["tag"]) if "tag" in row else None
         for seed, file in enumerate(_pictures(folder / "samples")):
             found.cells.append(Cell(name or place.absolute().name, prompt, seed, file, {}, kind, details_of(file)))

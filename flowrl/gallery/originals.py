@@ -56,10 +56,12 @@ def write_picture(folder: Path, name: str, source: Source, frame_ms: float = FRA
     image None and a note that names the file. frame_ms: how long a clip in memory shows each frame.
     """
     if isinstance(source, Strip):
+        strip = source
         try:
-            source = source.frames()
+            source = strip.frames()
         except (OSError, SyntaxError, ValueError):
-            source = source.path  # shown as it is, or its fault is named
+            source = strip.path  # shown as it is, or its fault is named
+    image: Image.Image
     if isinstance(source, Path):
         if source.suffix.lower() in VIDEOS:
             return _write_video(folder, name, source)

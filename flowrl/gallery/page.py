@@ -200,7 +200,7 @@ def write_cell(folder: Path, name: str, cell: Cell, rewards: dict[str, int]) -> 
 def write_film(folder: Path, name: str, film: Film) -> dict[str, Any]:
     """Write the pictures of a film: {name, note, rewards, frames: [{step, means, cells}]}, numbers by position in rewards."""
     rewards: dict[str, int] = {}
-    frames = []
+    frames: list[dict[str, Any]] = []
     for frame in film.frames:
         for label in frame.means:
             rewards.setdefault(label, len(rewards))
