@@ -82,6 +82,7 @@ def test_gallery_of_a_folder(samples, tmp_path, capsys):
     assert [prompt["prompt"] for prompt in data["prompts"]] == ["a red circle"]
     assert [place["seed"] for place in data["prompts"][0]["sets"]] == [0, 7]
     assert data["rewards"] == [{"name": "brightness", "heldOut": False}]
+    assert data["title"] == "sd3"
     assert capsys.readouterr().out.strip() == str(tmp_path / "g" / "index.html")
 
 
@@ -376,7 +377,7 @@ def test_gallery_draws_models_and_adds_what_a_run_saved(model, prompts, tmp_path
     argv = ["gallery", f"before={model}", str(run), "--prompts", str(prompts), "--limit", "2", "--steps", "2", "--seeds", "1"]
     assert main([*argv, "--rewards", "brightness", "--out", str(tmp_path / "g")]) == 0
     data = page_data(tmp_path / "g" / "index.html")
-    assert [entry["name"] for entry in data["models"]] == ["before", "run"]
+    assert [entry["name"] for entry in data["models"]] == ["before", "run"] and data["title"] == "run against before"
     cells = data["prompts"][0]["sets"][0]["cells"]
     assert cells[0]["rewards"] == cells[1]["rewards"]
     assert cells[0]["details"]["command"].startswith(f"flowrl sample {model} ")

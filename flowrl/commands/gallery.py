@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         commands, "gallery", run_gallery, "a page that puts models side by side: same prompt, same seed", description=GALLERY_HELP
     )
     gallery.add_argument("--out", type=Path, default=Path("gallery"), help="folder of the page (default gallery)")
-    gallery.add_argument("--title", default="flowrl gallery")
+    gallery.add_argument("--title", help="heading of the page (default: what is compared)")
     input_options(gallery)
 
 
@@ -61,7 +61,7 @@ def run_gallery(arguments: argparse.Namespace) -> int:
     page = write_gallery(
         arguments.out,
         found.cells,
-        title=arguments.title,
+        title=arguments.title or title_of(found),
         subtitle=subtitle,
         tables=tables,
         films=found.films,
@@ -119,6 +119,13 @@ def limited(cells: list[Any], limit: int | None) -> list[Any]:
     """The cells of at most `limit` prompts."""
     kept = set(spread(list(dict.fromkeys(cell.prompt for cell in cells)), limit))
     return [cell for cell in cells if cell.prompt in kept]
+
+
+def title_of(found: Any) -> str:
+    base, *others = dict.fromkeys(cell.model for cell in found.cells) or dict.fromkeys(film.name for film in found.films) or [""]
+    if len(others) == 1 and found.cells:
+        return f"{others[0]} against {base}"
+    return ", ".join([base, *others]) if len(others) < 4 else f"{base} and {len(others)} others"
 
 
 def said_of(found: Any) -> str:

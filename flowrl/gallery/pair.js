@@ -16,8 +16,13 @@ function pairBox(set, mode, prompt, big = false) {
   if (cells[0].width) box.style.aspectRatio = `${cells[0].width} / ${cells[0].height}`;
   if (mode === "wipe") {
     box.append(el("i", { className: "edge" }));
+    let from = 0; // where a press began: a sweep with the button down is no click
     box.onpointermove = (event) => wipeTo(event, box);
-    box.onpointerdown = (event) => wipeTo(event, box);
+    box.onpointerdown = (event) => {
+      from = event.clientX;
+      wipeTo(event, box);
+    };
+    box.onclick = (event) => { if (Math.abs(event.clientX - from) > 4) event.stopPropagation(); };
   }
   return box;
 }

@@ -113,7 +113,7 @@ function changed(set, base) {
 /** The filter of the second select, as a test of a set. */
 function onlyTest() {
   const [base, model] = [baseIndex(), modelIndex()];
-  if (!state.only) return null;
+  if (!state.only || state.view === "vote") return null; // a vote knows nothing of rewards
   if (state.only === "changed") return (set) => changed(set, base);
   const cut = state.only.lastIndexOf(":");
   const reward = rewards.indexOf(state.only.slice(0, cut));
