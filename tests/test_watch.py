@@ -252,6 +252,15 @@ def test_a_resumed_run_knows_what_it_saw(recipe, tmp_path):
     assert alarms(tmp_path / "whole") == alarms(tmp_path / "parts")
 
 
+def test_a_resumed_run_of_other_prompts_raises_its_alarms_without_a_sheet(recipe, tmp_path):
+    """One prompt a step in place of two: the first step's noise would draw something else now."""
+    make(recipe, tmp_path / "run", "max_steps=5", dims=dimming).train()
+    rest = ["max_steps=14", "resume_from_checkpoint=latest", "prompts_per_step=1", "batch_size=2"]
+    make(recipe, tmp_path / "run", *rest, dims=dimming).train()
+    rows = alarms(tmp_path / "run")
+    assert "hacking" in {row["alarm"] for row in rows} and all(row["pictures"] is None for row in rows)
+
+
 def test_held_out_rewards_score_some_of_the_samples(recipe, tmp_path):
     """One sample of four, and none: then they are left to evaluations."""
     for count, known in ((1, True), (0, False)):

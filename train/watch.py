@@ -216,7 +216,8 @@ class Watch:
         self.start = {"rows": rows, "prompts": [samples.texts[i] for i in rows], "pictures": small(samples, rows)}
 
     def _sheet(self, trainer: Trainer, texts: list[str]) -> Path | None:
-        """The pictures of the first step, beside what the weights of now draw for the same prompts from the same noise."""
+        """The pictures of the first step, beside what the weights of now draw for the same prompts from the same noise; None
+        where there were no pictures, or they cannot be drawn again."""
         if not self.start:
             return None
         drawn: list[Samples] = []
@@ -225,7 +226,10 @@ class Watch:
             drawn.append(batch)
             if sum(map(len, drawn)) > max(self.start["rows"]):
                 break
-        now = small(concatenate(drawn), self.start["rows"])
+        samples = concatenate(drawn)
+        if [samples.texts[i] for i in self.start["rows"] if i < len(samples)] != self.start["prompts"]:
+            return None  # a resumed run whose recipe asks for other prompts
+        now = small(samples, self.start["rows"])
         prompts, step = list(dict.fromkeys(self.start["prompts"])), trainer.progress.step
         pairs = list(zip(strips(self.start["pictures"]), strips(now), strict=True))
         of = [[pair for prompt, pair in zip(self.start["prompts"], pairs, strict=True) if prompt == own] for own in prompts]

@@ -86,12 +86,9 @@ def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark] = (), note: s
 
     foot = HEIGHT - BOTTOM
     parts = []
-    for mark in marks:
-        if mark.own and mark.since < mark.step:
-            start = x(max(mark.since, left))
-            parts.append(
-                f'<rect class="drift" x="{start:.1f}" y="{TOP}" width="{x(mark.step) - start:.1f}" height="{foot - TOP}"/>'
-            )
+    if own := [mark for mark in marks if mark.own]:
+        start, end = x(max(min(mark.since for mark in own), left)), x(max(mark.step for mark in own))
+        parts.append(f'<rect class="drift" x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{foot - TOP}"/>')
     for value in ticks(low, high, 4):
         parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y(value) + 4:.1f}">{short(value)}</text>')
