@@ -364,8 +364,8 @@ class VideoReward:
     """Visual quality, quality of motion and agreement with the text of clips, in deviations from the mean of the authors' data.
 
     Rewards of one folder share its weights, and read the same clips once: `{vq: {name: video_reward, dimensions: VQ}, mq: ...}`
-    costs no more than the sum. The weights were trained with the authors' prompt; with the one here, which says the same in other
-    words, their scores are near to the published ones and not equal: `template` takes the original.
+    costs no more than the sum. The published weights were trained with the authors' prompt; the one here says the same in other
+    words, so that scores differ from the published ones: `template` takes the original.
     """
 
     def __init__(
