@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowrl.reward_models.backbones import ClipBackbone, Resize, per_frame, resized
-from flowrl.reward_models.weights import located
+from flowrl.reward_models.weights import located, unreachable
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -102,7 +102,7 @@ def load_features(spec: Any = "tiny_clip") -> Any:
         config = AutoConfig.from_pretrained(located(spec))
         return ClipBackbone.load(spec) if hasattr(config, "text_config") else VisionBackbone.load(spec)
     except OSError as error:
-        raise ValueError(f"features={str(spec)!r}: no encoder there: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"features={str(spec)!r}: no encoder there: {unreachable(spec, error)}") from None
 
 
 def embed(features: Any, images: Tensor, chunk: int = 64) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from flowrl.batch import Samples
 from flowrl.reward_models.backbones import resized
 from flowrl.reward_models.base import RewardError, Traits, embedded_folder, to_pil
-from flowrl.reward_models.weights import located
+from flowrl.reward_models.weights import located, unreachable
 
 QUESTION = "Does this picture show {prompt}? Answer yes or no."
 REFERENCE_QUESTION = "Both pictures are meant to show {prompt}. Is the second one better than the first? Answer yes or no."
@@ -44,7 +44,7 @@ class VisionLanguage(torch.nn.Module):
             model = AutoModelForImageTextToText.from_pretrained(located(place), dtype=dtype)
             return cls(model, AutoProcessor.from_pretrained(str(place))).eval()
         except OSError as error:
-            raise ValueError(f"no vision language model at {place}: {' '.join(str(error).split())[:200]}") from None
+            raise ValueError(f"no vision language model: {unreachable(place, error)}") from None
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """As `load` and transformers read it, in half precision; the model itself stays as it is."""

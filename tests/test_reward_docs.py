@@ -55,13 +55,17 @@ def test_python_runs(page, place, capsys):
 
 
 def test_recipes_load(place):
-    """With a small model in place of those whose weights are not here."""
+    """With a small model in place of those whose weights are not here; of others, until their weights are asked for."""
     sections = [yaml.safe_load(block.replace("pickscore", "tiny_clip")) for page in PAGES for block in blocks(page, "yaml")]
     seen = []
     for section in sections:
-        if "rewards" in section:
-            seen += load_rewards(section["rewards"])
-        else:
+        for label, value in section.get("rewards", {}).items():
+            try:
+                seen += load_rewards({label: value})
+            except ValueError as error:
+                if "is not here and cannot be fetched" not in str(error):
+                    raise
+        if "task" in section:
             load_task(load_reward_recipe(section).task)
     assert {"mine", "my-reward", "held_back", "real", "careful", "won", "remote", "sharp"} <= set(seen)
 
