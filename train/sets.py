@@ -56,7 +56,7 @@ class SetReward:
 
     def __init__(self, kind: str, features: str, exemplars: str):
         self.kind, self.exemplars = kind, "none" if kind == "vendi" else exemplars
-        self.seen = Frechet(features, self.exemplars)
+        self.seen = Frechet(features, "samples" if kind == "vendi" else exemplars)
 
     def ordered(self, pairs: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         """The pairs (n, 2) of rows of samples, the better one first, and which of them can be told, (n,) bool.
