@@ -423,3 +423,30 @@ def test_what_ships_is_named_small_and_has_a_card():
         assert sum(file.stat().st_size for file in files) < 2e6, name
         assert {file.suffix for file in files} <= {".safetensors", ".json", ".md", ".jinja"}, name
         assert f'load_reward("{name}")' in (place / "README.md").read_text() and load_reward(name).name == name
+
+
+#: What docs/papers.md says of each held-out number, as it is rounded there.
+CHOICES = ("accuracy", "accuracy_with_ties", "calibration_error", "accuracy_strict")
+SCENES = ("scenes/auc", "scenes/tear/auc", "scenes/bleed/auc", "scenes/map_auc", "samples/auc")
+PAPERS = {
+    "tiny_clip": {"accuracy": ".973", "position": ".89", "drawn": ".781"},
+    "tiny_preference": dict(zip(CHOICES, (".634", ".482", ".115", ".762"), strict=True)),
+    "tiny_preference_1": dict(zip(CHOICES, (".640", ".489", ".106", ".765"), strict=True)),
+    "tiny_preference_2": dict(zip(CHOICES, (".598", ".463", ".120", ".712"), strict=True)),
+    "tiny_artifact": dict(zip(SCENES, (".970", ".983", ".858", ".961", ".839"), strict=True)),
+    "tiny_yes_token": {"accuracy": ".867", "pairs": ".883", "pairs/counting": ".85", "samples/pairs": ".642"},
+    "tiny_latent": {"pair_accuracy/t0.0": ".70", "pair_accuracy/t0.4": ".70", "pair_accuracy/t0.6": ".57"},
+    "tiny_transport": {"frechet_of_texts": ".111", "frechet": ".021", "accuracy": ".984"},
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_table_of_papers_says_what_the_cards_say(name):
+    page = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+    card = (embedded_folder(name) / "README.md").read_text()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines()]
+    scores = {cells[0]: (int(cells[1]), float(cells[3])) for cells in table if len(cells) == 4 and cells[1].isdecimal()}
+    for number, said in PAPERS[name].items():
+        n, value = scores[number]
+        assert said in row and abs(value - float(said)) <= 0.5 * 10 ** (1 - len(said)) + 1e-9 and n >= 40, number
