@@ -114,7 +114,7 @@ def _video(file: Path) -> tuple[list[np.ndarray], float | None]:
     try:
         import av
     except ImportError:
-        raise ValueError(f"{file}: reading videos wants PyAV (pip install av)") from None
+        raise ValueError(f"{file}: reading videos wants PyAV (pip install flowrl-diffusion[video])") from None
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
@@ -159,7 +159,7 @@ def _pair(row: dict[str, Any], folder: Path, where: str, respects: Sequence[str]
             break
     else:
         raise ValueError(f"{where}: has no pair of clips (columns path_A, path_B; video_0, video_1)")
-    places = []
+    places: list[Path] = []
     for name in names:
         if not isinstance(row[name], str) or not (folder / row[name]).exists():
             raise FileNotFoundError(f"{where}: {name}: there is no clip {folder / str(row[name])}")
@@ -175,7 +175,7 @@ def _pair(row: dict[str, Any], folder: Path, where: str, respects: Sequence[str]
             raise ValueError(f"{where}: label_0 is {row.get('label_0')!r}, and must lie in [0, 1]")
         labels = (label,) * len(respects)
     first, second = (_rate(row.get(key), f"{where}: {key}") for key in (f"fps_{name[-1]}" for name in names))
-    return ClipPair(row["prompt"], *places, labels, (first, second))
+    return ClipPair(row["prompt"], places[0], places[1], labels, (first, second))
 
 
 def _rate(value: Any, where: str) -> float | None:

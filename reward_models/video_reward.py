@@ -114,9 +114,11 @@ class Settings:
             if found != known:
                 raise ValueError(f"{place}: {name} is {found!r}; only {known!r} can be read")
         said = facts.get("inference_config") or {}
-        units = {key: {head: float(said[f"{head}_{key}"]) for head in HEADS} for key in ("mean", "std")} if said else {}
         sizes = {name: data[name] for name in ("fps", "num_frames", "max_frame_pixels", "min_frame_pixels") if name in data}
-        return cls(**sizes, **units)
+        settings = cls(**sizes)
+        if said:
+            settings.mean, settings.std = ({head: float(said[f"{head}_{key}"]) for head in HEADS} for key in ("mean", "std"))
+        return settings
 
     @property
     def facts(self) -> dict[str, Any]:

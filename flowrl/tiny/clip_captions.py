@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -81,7 +80,7 @@ def word_tests(per_kind: int, seed: int) -> tuple[np.ndarray, list[Spec], list[S
     clips, right, wrong = [], [], []
     for kind in KINDS:
         for _ in range(per_kind):
-            false: Sequence[Spec] = ()
+            false: list[Spec] = []
             while not false:
                 spec = random_spec(rng, "test", {kind: 1.0})
                 clip = sample_clip(spec, rng)
