@@ -106,6 +106,20 @@ def test_gdpo_does_not_drown_the_small_reward():
     assert weighted[1] > 0 > weighted[0]
 
 
+def test_gdpo_is_what_trl_computes():
+    """TRL's normalize_then_sum: sum_k w_k (r - m_k) / (s_k + 1e-4) in the group, then over the batch the same once more."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(24, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 100.0, 5.0])
+    group, weights = torch.arange(24) // 6, torch.tensor([1.0, 0.5, 2.0])
+    summed = torch.zeros(24, dtype=torch.float64)
+    for rows in torch.arange(24).split(6):
+        of = rewards[rows]
+        summed[rows] = (weights * (of - of.mean(0)) / (of.std(0) + 1e-4)).sum(1)
+    expected = (summed - summed.mean()) / (summed.std() + 1e-4)
+    got = advantages(rewards.float(), group, weights, "normalize_then_sum")
+    torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=0)
+
+
 def test_a_virtual_best_sample_gives_hopeless_groups_a_direction():
     """NGRPO, r_max = 1. Eight zeros: mean 1/9, deviation sqrt((8/81 + 64/81) / 8) = 1/3, so -1/3 each. Eight ones: nothing.
 

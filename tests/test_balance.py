@@ -86,6 +86,16 @@ def test_the_active_set_is_the_right_one():
     assert len(sizes) > 1
 
 
+def test_two_gradients_by_hand():
+    """g = (1, 0) and (-.5, 1) of unit length: half of each, and the sum serves both as much as its own square, 0.276393."""
+    g = torch.tensor([[1.0, 0.0], [-0.5, 1.0]], dtype=torch.float64)
+    g = g / g.norm(dim=1, keepdim=True)
+    alpha = min_norm(gram(g))
+    d = alpha @ g
+    assert alpha.tolist() == pytest.approx([0.5, 0.5]) and (g @ d).tolist() == pytest.approx([0.276393] * 2, abs=1e-6)
+    assert float(d @ d) == pytest.approx(0.276393, abs=1e-6)
+
+
 def test_facts_of_the_shortest_combination():
     """Permutations permute it; a common scale changes nothing; a floor holds, at 1 all are equal; twins share one weight."""
     G = gram(vectors(5))
