@@ -19,7 +19,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -108,14 +108,17 @@ def parts_of(reward: Any) -> Iterator[Any]:
 class FunctionReward:
     """A plain function as a reward. Raises RewardError when it returns the wrong number or type of values.
 
-    The function's attribute `traits` is the reward's; `higher_is_better = False` turns the sign.
+    The function's attribute `traits` is the reward's; `higher_is_better = False` turns the sign, and the range with it.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
         self.function = function
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self.traits = traits_of(function)
-        self.sign = 1.0 if getattr(function, "higher_is_better", True) else -1.0
+        self.sign = 1.0
+        if not getattr(function, "higher_is_better", True):
+            low, high = self.traits.range
+            self.sign, self.traits = -1.0, replace(self.traits, range=(-high, -low))
         parameters = inspect.signature(function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.parameters = set(parameters)

@@ -97,6 +97,21 @@ def test_pil_pictures_and_clips():
     assert [len(clip) for clip in seen[2:]] == [5, 5] and seen[2][0].size == (4, 4)
 
 
+def test_a_distance_turns_its_sign():
+    """Values in [0, 5], lower is better: in [-5, 0]; what abstains still does. A gate refuses it, as it may be negative."""
+
+    def distance(images, prompts):
+        return [None, 0.0, 2.0]
+
+    distance.higher_is_better = False
+    distance.traits = Traits(range=(0.0, 5.0))
+    reward = load_reward(distance)
+    values = reward(samples(3))
+    assert values[0].isnan() and values[1:].tolist() == [0.0, -2.0] and reward.traits.range == (-5.0, 0.0)
+    with pytest.raises(ValueError, match="distance may be negative"):
+        load_reward("gate", of=distance, by="brightness")
+
+
 def test_columns_of_the_table_follow_the_order_of_the_rewards():
     table = score({"b": lambda s: torch.ones(3), "a": lambda s: [None, 0, 0]}, samples())
     assert table.shape == (3, 2) and table[:, 0].tolist() == [1, 1, 1] and table[0, 1].isnan()
