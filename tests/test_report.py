@@ -29,7 +29,7 @@ STEPS = 40
 
 
 def a_run(folder: Path, prompts: list[str], **changes: Any) -> Path:
-    """A run of 40 steps as training leaves it: one trained reward, one held out, two alarms with a sheet, three steps' pictures."""
+    """A run of 40 steps as training leaves it: a trained reward, one held out, two alarms with a sheet, three steps' pictures."""
     folder.mkdir(parents=True)
     recipe = dataclasses.asdict(Recipe(rewards={"preference": 1.0}, max_steps=STEPS, output_dir=str(folder))) | changes
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -18,7 +18,9 @@ def test_value_by_hand():
     loss = RWR(temperature=2.0).loss(Fixed(torch.ones(3, 1)), noised, torch.tensor([1.0, -1.0, 9.0]))
     assert loss.values.tolist() == pytest.approx([4 * math.exp(x) for x in (0.5, -0.5, 2.5)])
     assert loss.metrics["weight"].tolist() == pytest.approx([math.exp(x) for x in (0.5, -0.5, 2.5)])
-    assert not RWR().needs.old and not RWR().needs.reference
+    assert not RWR().needs.old and not RWR().needs.reference and loss.penalty is None
+    held = RWR(kl=2.0).loss(Fixed(torch.ones(3, 1), torch.tensor([[1.0], [2.0], [4.0]])), noised, torch.zeros(3))
+    assert held.penalty is not None and held.penalty.tolist() == [0, 2, 18] and RWR(kl=2.0).needs.reference
 
 
 def test_its_minimum_is_the_weighted_mean_of_targets():

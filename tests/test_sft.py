@@ -22,7 +22,15 @@ def test_value_by_hand():
     """Latents 1, noise 0: target -1. v = 1, 0: m = 4, 1, times the weights 1 and 3."""
     noised = Noised(torch.ones(2, 1), torch.zeros(2, 1), torch.full((2,), 0.5))
     loss = SFT().loss(Fixed(torch.tensor([[1.0], [0.0]])), noised, torch.tensor([1.0, 3.0]))
-    assert loss.values.tolist() == [4, 3]
+    assert loss.values.tolist() == [4, 3] and loss.penalty is None
+
+
+def test_the_pull_by_hand():
+    """v = 1, 0 and v_ref = 3, 1: a pull of 0.5 x (4, 1), whatever the weights."""
+    noised = Noised(torch.ones(2, 1), torch.zeros(2, 1), torch.full((2,), 0.5))
+    loss = SFT(kl=0.5).loss(Fixed(torch.tensor([[1.0], [0.0]]), torch.tensor([[3.0], [1.0]])), noised, torch.tensor([1.0, 3.0]))
+    assert loss.values.tolist() == [4, 3] and loss.penalty is not None and loss.penalty.tolist() == [2, 0.5]
+    assert SFT(kl=0.5).needs.reference and not SFT().needs.reference
 
 
 def test_the_best_of_each_group():

@@ -30,6 +30,9 @@ def test_value_by_hand():
     scaled = SRUM(consistency=0).loss(predict, noised(maps, 1, 1, 2), torch.zeros(3))
     assert scaled.values.tolist() == pytest.approx([1.5 / 0.625, 2, 0])
     assert plain.metrics["known"].tolist() == [1, 1, 0] and plain.metrics["map"].tolist() == [0.75, 0.5, 0]
+    reference = Fixed(torch.tensor([[[[1.0, 2.0]]]] * 3), torch.tensor([[[[1.0, 4.0]]]] * 3))
+    held = SRUM(kl=1.5).loss(reference, noised(maps, 1, 1, 2), torch.zeros(3))
+    assert held.penalty is not None and held.penalty.tolist() == [3, 3, 3]  # 1.5 x (0 + 4) / 2, known or not
 
 
 def test_a_map_of_ones_is_supervised_training():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 from torch import Generator, Tensor
 
-from flowrl.batch import Noised, Point, Step
+from flowrl.batch import Loss, Noised, Point, Step
 
 T = TypeVar("T")
 
@@ -118,6 +118,12 @@ def check_choice(options: Any, *names: str) -> None:
 def error(v: Tensor, target: Tensor) -> Tensor:
     """(B,) fp32, the mean over latents of (v - target)^2. A mean, so that weights transfer between resolutions."""
     return (v.float() - target).square().flatten(1).mean(1)
+
+
+def pulled(loss: Loss, beta: float, kl: Tensor) -> Loss:
+    """The same loss with a pull of weight beta towards the reference. kl: (B,) with graph."""
+    pull = beta * kl if loss.penalty is None else loss.penalty + beta * kl
+    return replace(loss, metrics={**loss.metrics, "kl": kl.detach()}, penalty=pull)
 
 
 def by_group(values: Tensor, point: Noised | Step) -> Tensor:

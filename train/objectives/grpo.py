@@ -8,14 +8,14 @@ log p is a mean over latent dimensions, so rho is the D-th root of the true rati
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowrl.batch import Loss, Step
-from flowrl.train.objectives.base import Needs, Predict, check_choice, check_positive
+from flowrl.train.objectives.base import Needs, Predict, check_choice, check_positive, pulled
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,6 @@ def ratio_metrics(ratio: Tensor, outside: Tensor, values: Tensor) -> dict[str, T
         "clip_ratio": outside.float().detach(),
         "policy_loss": values.detach(),
     }
-
-
-def pulled(loss: Loss, beta: float, kl: Tensor) -> Loss:
-    """The same loss with a pull of weight beta towards the reference. kl: (B,) with graph."""
-    pull = beta * kl if loss.penalty is None else loss.penalty + beta * kl
-    return replace(loss, metrics={**loss.metrics, "kl": kl.detach()}, penalty=pull)
 
 
 def divergence(kind: str, step: Step, v: Tensor, v_ref: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flowrl.batch import Loss, Step
-from flowrl.train.objectives.base import Needs, Predict, check_positive
-from flowrl.train.objectives.grpo import clipped, divergence, pulled, ratio_metrics
+from flowrl.train.objectives.base import Needs, Predict, check_positive, pulled
+from flowrl.train.objectives.grpo import clipped, divergence, ratio_metrics
 
 
 @dataclass(frozen=True)

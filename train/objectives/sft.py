@@ -4,6 +4,10 @@
 
 On its own samples this is rejection sampling: the best of each group, and none of a group without a difference. Of preference
 pairs it keeps the preferred pictures, of captioned pictures all.
+
+Its own samples are not the reference's. Few steps of the ODE draw pictures that are a little too even (8 steps of the embedded
+model: the latents' deviation is 2 % short, 0.4 % at 20 steps); regression learns that, and the next samples are evener still,
+until nothing is left (measured: docs/papers.md). `kl` holds the policy to the reference, short steps and late times help.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Loss, Noised, Samples
-from flowrl.train.objectives.base import Needs, Predict, check_positive, error
+from flowrl.train.objectives.base import Needs, Predict, check_positive, error, pulled
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,16 @@ class SFT:
     keep: int = 1
     #: Weigh each by its advantage; of data that is the weight of its pair. Otherwise all weigh 1.
     weighted: bool = False
+    #: Weight of the pull towards the reference, in velocity space. 0 needs no reference pass.
+    kl: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(self, "keep")
+        check_positive(self, "kl", or_zero=True)
 
     @property
     def needs(self) -> Needs:
-        return Needs(points="noised")
+        return Needs(points="noised", reference=self.kl > 0)
 
     def choose(self, samples: Samples, advantage: Tensor) -> tuple[Tensor, Tensor]:
         """The best rows of each group (M,) int64, in their order, and their weights (M,) fp32. advantage: (N,)."""
@@ -42,7 +49,9 @@ class SFT:
 
     def loss(self, predict: Predict, noised: Noised, advantage: Tensor) -> Loss:
         """Loss per sample (B,) at noised final latents. advantage: (B,) fp32, the weights that `choose` gave."""
+        v_ref = predict.reference(noised) if self.kl > 0 else None
         v = predict(noised)
         m = error(v, noised.target)
         values = advantage * m
-        return Loss(values, {"policy_loss": values.detach(), "error": m.detach()})
+        loss = Loss(values, {"policy_loss": values.detach(), "error": m.detach()})
+        return loss if v_ref is None else pulled(loss, self.kl, error(v, v_ref.float()))

@@ -6,6 +6,7 @@ M in [0, 1] is the map of a reward that has one (`region_map`), on the latents' 
 picture by its map and on a good one without; as released, both are the model's own sample, which is what this is: regression
 that keeps more of what is right. It cannot push away: M is at least 0 (by the published rule, half the score of the whole).
 A picture whose map is NaN, because its prompt says nothing that could be checked, counts 0.
+On its own samples, round after round, it wants `kl`: see `sft`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flowrl.batch import Loss, Noised
-from flowrl.train.objectives.base import Needs, Predict, check_positive, error
+from flowrl.train.objectives.base import Needs, Predict, check_positive, error, pulled
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class SRUM:
     consistency: float = 0.5
     #: Divide the map by its mean over the batch, so that the learning rate does not depend on how good the pictures are.
     normalize: bool = True
+    #: Weight of the pull towards the reference, in velocity space. 0 needs no reference pass.
+    kl: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(self, "consistency", or_zero=True)
+        check_positive(self, "consistency", "kl", or_zero=True)
 
     @property
     def needs(self) -> Needs:
-        return Needs(points="noised", maps=True)
+        return Needs(points="noised", maps=True, reference=self.kl > 0)
 
     def loss(self, predict: Predict, noised: Noised, advantage: Tensor) -> Loss:
         """Loss per sample (B,) at noised latents with their maps. The advantage (B,) is not used: the map is."""
@@ -40,6 +43,7 @@ class SRUM:
         known = ~noised.map.flatten(1).isnan().any(1)
         M = noised.map.nan_to_num(0.0).to(noised.x0)
         mean = predict.mean(M[known]).clamp(min=1e-6) if self.normalize else 1.0
+        v_ref = predict.reference(noised) if self.kl > 0 else None
         v = predict(noised)
         wrong = (v.float() - noised.target).square()
         weighted = (over_latents(M, wrong) * wrong).flatten(1).mean(1)
@@ -51,7 +55,8 @@ class SRUM:
             "map": M.flatten(1).mean(1),
             "known": known.float(),
         }
-        return Loss(values, metrics)
+        loss = Loss(values, metrics)
+        return loss if v_ref is None else pulled(loss, self.kl, error(v, v_ref.float()))
 
 
 def over_latents(M: Tensor, latents: Tensor) -> Tensor:
