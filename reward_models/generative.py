@@ -25,6 +25,7 @@ from flowrl.reward_models.weights import located, unreachable
 QUESTION = "Does this picture show {prompt}? Answer yes or no."
 REFERENCE_QUESTION = "Both pictures are meant to show {prompt}. Is the second one better than the first? Answer yes or no."
 ANSWERS = ("yes", "no")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class VisionLanguage(torch.nn.Module):
@@ -107,6 +108,11 @@ class VisionLanguage(torch.nn.Module):
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
+def asked(question: str, prompt: str) -> str:
+    """A question about one prompt; other braces are the question's own."""
+    return question.replace("{prompt}", prompt)
+
+
 def one_token(tokenizer: Any, word: str) -> tuple[int, ...]:
     """Ids of the tokens that are this word alone, whatever its case and with or without a space. Raises ValueError for none."""
     known = set()
@@ -137,6 +143,8 @@ class YesToken:
         batch_size: int = 32,  #: Pictures in one forward pass.
         dtype: str = "float32",  #: Of the weights: float32, bfloat16 or float16.
     ):
+        if dtype not in DTYPES:
+            raise ValueError(f"yes_token: dtype={dtype!r}: choose {', '.join(DTYPES)}")
         place = embedded if (embedded := embedded_folder(str(folder))).is_dir() else folder
         self.network = VisionLanguage.load(place, getattr(torch, dtype)).requires_grad_(False)
         self.question = question or (REFERENCE_QUESTION if reference else QUESTION)
@@ -150,7 +158,7 @@ class YesToken:
         if images is None or images.ndim != 4:
             raise RewardError(f"reward {self.name!r} scores pictures (N, 3, H, W)")
         self.network.to(images.device)
-        questions = [self.question.format(prompt=text) for text in samples.texts]
+        questions = [asked(self.question, text) for text in samples.texts]
         if not self.reference:
             return self._yes([images], questions)
         references = samples.references

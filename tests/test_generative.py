@@ -9,7 +9,7 @@ from flowrl.batch import Prompt, Samples
 from flowrl.config import ConfigError
 from flowrl.reward_models import RewardError, load_reward
 from flowrl.reward_models.base import to_pil
-from flowrl.reward_models.generative import VisionLanguage, YesToken, one_token, yes_loss
+from flowrl.reward_models.generative import VisionLanguage, YesToken, asked, one_token, yes_loss
 from flowrl.train.rewards.artifact import auc
 from flowrl.train.rewards.contrastive import tiny_clip
 from flowrl.train.rewards.generative import _not_shown, tiny_vision_language
@@ -232,3 +232,6 @@ def test_what_cannot_be_asked_is_refused(eyes, tmp_path):
         RewardTrainer(recipe(eyes, tmp_path / "run", batch_size=7))
     with pytest.raises(ValueError, match="no vision language model"):
         YesToken(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="dtype='half': choose float32, bfloat16, float16"):
+        YesToken("tiny_yes_token", dtype="half")
+    assert asked('Is it {prompt}? Say {"answer": yes or no}.', "a {red} cat") == 'Is it a {red} cat? Say {"answer": yes or no}.'

@@ -25,7 +25,7 @@ from flowrl.data import sample_seed
 from flowrl.pairs import PreferencePair, load_pairs, load_picture
 from flowrl.reward_models.artifact import encoder
 from flowrl.reward_models.base import REWARD_FILE
-from flowrl.reward_models.generative import ANSWERS, QUESTION, REFERENCE_QUESTION, VisionLanguage, yes_loss
+from flowrl.reward_models.generative import ANSWERS, QUESTION, REFERENCE_QUESTION, VisionLanguage, asked, yes_loss
 from flowrl.tiny import KINDS, all_specs
 from flowrl.tiny.pairs import captioned_scenes, drawn_tests, word_tests
 from flowrl.train.rewards.artifact import auc
@@ -157,7 +157,7 @@ class Generative:
         images, specs, shown = captioned_scenes(len(where) // 2, sample_seed(self.recipe.seed, step, where.start))
         wrong = [_not_shown(shown, i) for i in range(len(specs))]
         pictures = np.stack([images, images[wrong]], 1).reshape(-1, *images.shape[1:])
-        questions = [self.asked.format(prompt=spec["prompt"]) for spec in specs for _ in range(2)]
+        questions = [asked(self.asked, spec["prompt"]) for spec in specs for _ in range(2)]
         return [torch.from_numpy(pictures)], questions, torch.tensor([True, False]).repeat(len(specs))
 
     def _asked(self, pairs: list[PreferencePair]) -> tuple[list[Tensor], list[str], Tensor]:
@@ -165,7 +165,7 @@ class Generative:
         better = torch.stack([load_picture(pair.first) for pair in pairs])
         worse = torch.stack([load_picture(pair.second) for pair in pairs])
         in_turn = [torch.stack(order, 1).flatten(0, 1) for order in ((better, worse), (worse, better))]
-        questions = [self.asked.format(prompt=pair.prompt) for pair in pairs for _ in range(2)]
+        questions = [asked(self.asked, pair.prompt) for pair in pairs for _ in range(2)]
         return in_turn[::-1] if self.reference else in_turn[:1], questions, torch.tensor([True, False]).repeat(len(pairs))
 
     def loss(self, batch: tuple[list[Tensor], list[str], Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -192,15 +192,15 @@ class Generative:
             gaps = self._gaps(images, questions)
             return {"accuracy": Score.mean((gaps > 0) == yes), "pairs": Score.mean(wins(gaps[::2] - gaps[1::2]))}
         pictures, right, wrong = self.tests
-        says = [self._gaps([pictures], [self.asked.format(prompt=prompt) for prompt in prompts]) for prompts in (right, wrong)]
+        says = [self._gaps([pictures], [asked(self.asked, prompt) for prompt in prompts]) for prompts in (right, wrong)]
         won = wins(says[0] - says[1])
         result = {"accuracy": Score.mean(torch.cat([says[0] > 0, says[1] < 0])), "pairs": Score.mean(won)}
         for kind, part in zip(KINDS, won.chunk(len(KINDS)), strict=True):
             result[f"pairs/{kind}"] = Score.mean(part)
         prompts, drawn, strict = self.drawn
-        asked = [self.asked.format(prompt=prompt) for prompt in prompts for _ in range(drawn.shape[1])]
-        gaps = self._gaps([drawn.flatten(0, 1)], asked)
-        result["samples/auc"] = Score(auc(gaps, strict.flatten()), len(asked))
+        questions = [asked(self.asked, prompt) for prompt in prompts for _ in range(drawn.shape[1])]
+        gaps = self._gaps([drawn.flatten(0, 1)], questions)
+        result["samples/auc"] = Score(auc(gaps, strict.flatten()), len(questions))
         result["samples/pairs"] = Score(*accuracy_within(gaps.view(strict.shape), strict))
         return result
 
