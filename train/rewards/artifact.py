@@ -130,8 +130,8 @@ def sorted_pictures(folder: str | Path, size: tuple[int, int]) -> tuple[Curated,
         known = resized(load_picture(drawn)[None], size, "squash")[0, 0] > 0.5 if damaged and drawn.is_file() else None
         masks.append(torch.full(size, math.nan if damaged else 0.0) if known is None else known.float())
     pictures = [resized(load_picture(file)[None], size, "squash")[0].half() for file, *_ in rows]
-    damaged, named = torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
-    return Curated(torch.stack(pictures), damaged, named, torch.stack(masks), [row[3] for row in rows]), kinds
+    marks, each = torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
+    return Curated(torch.stack(pictures), marks, each, torch.stack(masks), [row[3] for row in rows]), kinds
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
