@@ -366,7 +366,7 @@ def make(cls: type[T], values: dict[str, Any], what: str) -> T:
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(unknown(f"{what} option", key, fields))
-        arguments[key] = _coerce(value, hints[key], f"{key}" if what == "recipe" else f"{what}.{key}")
+        arguments[key] = coerced(value, hints[key], f"{key}" if what == "recipe" else f"{what}.{key}")
     try:
         return cls(**arguments)
     except ConfigError:
@@ -386,12 +386,19 @@ def build(section: dict[str, Any] | str, classes: Mapping[str, type], what: str)
     return make(classes[name], section, what)
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
+def coerced(value: Any, hint: Any, where: str) -> Any:
+    """A value as a type hint wants it; of a union the first that fits. Raises ConfigError, which begins with `where`."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        return _coerce(value, next(o for o in options if o is not type(None)), where)
+        refusals = []
+        for option_ in (o for o in options if o is not type(None)):
+            try:
+                return coerced(value, option_, where)
+            except ConfigError as error:
+                refusals.append(error)
+        raise refusals[0]
     if origin is Literal:
         if value not in options:
             raise ConfigError(f"{where}={value!r}: choose one of {', '.join(map(str, options))}")
@@ -412,6 +419,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, str | int | float):
             raise ConfigError(f"{where}={value!r}: wants text")
         return str(value)
+    if origin is tuple:
+        wanted = options[:1] * len(value) if options[1:] == (...,) and isinstance(value, list | tuple) else options
+        if not isinstance(value, list | tuple) or len(value) != len(wanted):
+            raise ConfigError(f"{where}={value!r}: wants a list" + (f" of {len(wanted)}" if ... not in wanted else ""))
+        return tuple(coerced(each, one, where) for each, one in zip(value, wanted, strict=True))
     if origin is dict and not isinstance(value, dict):
         raise ConfigError(f"{where}={value!r}: wants a mapping, like {where}: {{name: ...}}")
     if origin is list and not isinstance(value, list):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.reward_models.backbones import ClipBackbone, per_frame
-from flowrl.reward_models.base import REWARD_FILE, RewardError, Traits, embedded_folder
+from flowrl.reward_models.base import REWARD_FILE, RewardError, Traits, place_of
 from flowrl.reward_models.magic_mirror import TAXONOMY, Assessment
 
 HEAD_FILE = "head.safetensors"
@@ -28,8 +28,7 @@ HEAD_FILE = "head.safetensors"
 
 def encoder(place: str | Path) -> ClipBackbone:
     """A frozen encoder by the name of an embedded one, by folder or by hub id."""
-    folder = embedded_folder(str(place))
-    return ClipBackbone.load(folder if folder.is_dir() else place, resize="squash")
+    return ClipBackbone.load(place_of(place), resize="squash")
 
 
 def features(backbone: ClipBackbone, images: Tensor, layers: Sequence[int]) -> Tensor:
@@ -105,8 +104,7 @@ class ArtifactDetector:
     ):
         from safetensors.torch import load_file
 
-        self.folder = place if (place := embedded_folder(str(folder))).is_dir() else Path(folder)
-        self.threshold = threshold
+        self.folder, self.threshold = Path(place_of(folder)), threshold
         try:
             card = json.loads((self.folder / REWARD_FILE).read_text(encoding="utf-8"))
             self.backbone = encoder(self.folder if card["backbone"] == "." else card["backbone"])

@@ -17,9 +17,10 @@ import inspect
 import json
 import math
 import shlex
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -28,6 +29,7 @@ import yaml
 from torch import Tensor
 
 from flowrl.batch import Samples
+from flowrl.config import coerced
 
 #: What a reward may ask of the samples: decoded pictures, clips (N, F, 3, H, W), their frame rate, pictures to compare with,
 #: final latents.
@@ -182,8 +184,6 @@ def load_reward(spec: Any, **options: Any) -> Reward:
     Raises ValueError for unknown names (with the nearest known ones), for paths that cannot be imported and for options that
     the reward does not have.
     """
-    from flowrl.reward_models import EMBEDDED
-
     if isinstance(spec, str) and not Path(spec).is_dir():
         spec, options = _words(spec, options)
     elif isinstance(spec, Mapping):
@@ -200,8 +200,8 @@ def load_reward(spec: Any, **options: Any) -> Reward:
         if options:
             raise ValueError(f"reward {spec!r} is loaded already and takes no options, but got {', '.join(options)}")
         return spec if hasattr(spec, "name") else FunctionReward(spec)
-    if spec in EMBEDDED or (Path(spec) / REWARD_FILE).is_file():
-        return _from_folder(embedded_folder(str(spec)) if spec in EMBEDDED else Path(spec), options)
+    if (Path(place_of(spec)) / REWARD_FILE).is_file():
+        return _from_folder(Path(place_of(spec)), options)
     return _construct(_named(str(spec)), str(spec), options)
 
 
@@ -210,10 +210,8 @@ def find_reward(name: str) -> tuple[Any, dict[str, Any]]:
 
     Raises ValueError as `load_reward`.
     """
-    from flowrl.reward_models import EMBEDDED
-
-    if name in EMBEDDED or (Path(name) / REWARD_FILE).is_file():
-        folder = embedded_folder(name) if name in EMBEDDED else Path(name)
+    folder = Path(place_of(name))
+    if (folder / REWARD_FILE).is_file():
         facts = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
         return find_reward(facts["reward"])[0], {**facts.get("options", {}), "folder": name}
     return _named(name), {}
@@ -286,6 +284,13 @@ def embedded_folder(name: str) -> Path:
     return Path(str(files("flowrl.assets"))) / "rewards" / name
 
 
+def place_of(model: str | Path) -> str | Path:
+    """The folder of a model that ships, by its name; any other folder or hub id as it is."""
+    from flowrl.reward_models import EMBEDDED
+
+    return embedded_folder(str(model)) if str(model) in EMBEDDED else model
+
+
 def _words(text: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """'name key=value' -> the name, and the options with those of the text."""
     name, *words = shlex.split(text) or [text]
@@ -326,10 +331,23 @@ def _construct(made: Any, spec: str, options: dict[str, Any]) -> Any:
             raise ValueError(f"reward {spec!r} has no option {surplus[0]!r}{nearest(surplus[0], [*fixed, 'weight', 'shape'])}")
         if missing := [name for name, p in fixed.items() if p.default is p.empty and name not in options]:
             raise ValueError(f"reward {spec!r} wants {', '.join(missing)}; `flowrl rewards {spec}` says what they mean")
-        made = made(**options)
+        made = made(**_typed(made, options))
     elif options:
         raise ValueError(f"reward {spec!r} is a function and has no options, but got {', '.join(options)}")
     return made if hasattr(made, "name") else FunctionReward(made, spec.replace(":", ".").rpartition(".")[2])
+
+
+def _typed(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the types that a class says they have: '1e-4' is a number where one is wanted. Raises ConfigError, a ValueError.
+
+    What may be chosen, a class says itself; types that cannot be told (of a user's class) are not checked.
+    """
+    try:
+        hints = typing.get_type_hints(cls if is_dataclass(cls) else cls.__init__)
+    except (NameError, TypeError, AttributeError):
+        return options
+    plain = {name: hint for name, hint in hints.items() if Literal not in map(typing.get_origin, (hint, *typing.get_args(hint)))}
+    return {name: coerced(value, plain[name], name) if name in plain else value for name, value in options.items()}
 
 
 def _import(path: str, spec: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowrl.reward_models.backbones import ClipBackbone, Resize, per_frame, resized
+from flowrl.reward_models.base import place_of
 from flowrl.reward_models.weights import located, unreachable
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -77,10 +78,7 @@ class VisionBackbone(nn.Module):
 
 def load_backbone(place: str | Path) -> ClipBackbone:
     """A dual encoder: one of those that ship (tiny_clip), a folder, or a hub id. Raises ValueError when there is none."""
-    from flowrl.reward_models import EMBEDDED
-    from flowrl.reward_models.base import embedded_folder
-
-    return ClipBackbone.load(embedded_folder(str(place)) if str(place) in EMBEDDED else place)
+    return ClipBackbone.load(place_of(place))
 
 
 def load_features(spec: Any = "tiny_clip") -> Any:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.reward_models.backbones import resized
-from flowrl.reward_models.base import RewardError, Traits, embedded_folder, to_pil
+from flowrl.reward_models.base import RewardError, Traits, place_of, to_pil
 from flowrl.reward_models.weights import located, unreachable
 
 QUESTION = "Does this picture show {prompt}? Answer yes or no."
@@ -145,8 +145,7 @@ class YesToken:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"yes_token: dtype={dtype!r}: choose {', '.join(DTYPES)}")
-        place = embedded if (embedded := embedded_folder(str(folder))).is_dir() else folder
-        self.network = VisionLanguage.load(place, getattr(torch, dtype)).requires_grad_(False)
+        self.network = VisionLanguage.load(place_of(folder), getattr(torch, dtype)).requires_grad_(False)
         self.question = question or (REFERENCE_QUESTION if reference else QUESTION)
         self.reference, self.both_orders, self.batch_size = reference, both_orders, batch_size
         needs = ("images", "references") if reference else ("images",)

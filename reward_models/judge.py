@@ -114,9 +114,8 @@ class Rubric(Judge):
         super().__post_init__()
         self.dimensions = tuple(self.dimensions)
         check_weights(self.weights, self.dimensions)
-        if len(self.scale) != 2 or not 0 <= self.scale[0] < self.scale[1]:
-            raise ValueError(f"scale={self.scale}: the worst and the best score, as in [1, 5]")
-        self.scale = (float(self.scale[0]), float(self.scale[1]))
+        if not 0 <= self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)}: the worst and the best score, as in [1, 5]")
 
     @property
     def traits(self) -> Traits:

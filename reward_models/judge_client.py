@@ -86,7 +86,7 @@ class Judge:
             if getattr(self, option) < least:
                 raise ValueError(f"{option}={getattr(self, option)}: at least {least}")
         if self.timeout <= 0:
-            raise ValueError(f"timeout={self.timeout}: seconds, more than 0")
+            raise ValueError(f"timeout={self.timeout:g}: seconds, more than 0")
         bearer(self.token_env)  # a missing token is found before anything is loaded
         self.url = self.url.rstrip("/")
         self.asked = self.unread = 0  #: Answers so far, and those of them that could not be read.

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.policy import Policy
-from flowrl.reward_models.base import REWARD_FILE, Reward, RewardError, Traits, embedded_folder, load_reward, score_one
+from flowrl.reward_models.base import REWARD_FILE, Reward, RewardError, Traits, load_reward, place_of, score_one
 
 WEIGHTS_FILE = "latent.safetensors"
 CLEAN = 0.01  #: The time at which clean latents are shown to the denoiser, which was never trained at 0.
@@ -316,7 +316,7 @@ def load_head(folder: str | Path) -> tuple[LatentHead, dict[str, Any]]:
     """What `save_head` wrote, and its card. Raises ValueError when the folder holds something else."""
     from safetensors.torch import load_file
 
-    place = embedded if (embedded := embedded_folder(str(folder))).is_dir() else Path(folder)
+    place = Path(place_of(folder))
     try:
         card = json.loads((place / REWARD_FILE).read_text(encoding="utf-8"))
         weights = load_file(place / WEIGHTS_FILE)

@@ -27,7 +27,7 @@ from flowrl.reward_models.backbones import (
     cosine,
     score_pictures,
 )
-from flowrl.reward_models.base import REWARD_FILE, Traits
+from flowrl.reward_models.base import REWARD_FILE, Traits, place_of
 from flowrl.reward_models.texts import PromptLimit, TextMemory
 from flowrl.reward_models.weights import fill, find_file, read
 
@@ -106,7 +106,7 @@ class ClipScore(EmbeddingReward):
         frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
         folder: str | Path | None = None,  #: An encoder that `flowrl train-reward` made, in place of `model`.
     ):
-        model = folder or model
+        model = place_of(folder or model)
         traits = Traits(range=(-1.0, 1.0), differentiable=True, licence=CLIP.licence_of(model))
         super().__init__("clip_score", ClipBackbone.load(model, resize), frames, traits)
 
@@ -248,11 +248,12 @@ class PreferenceModel(EmbeddingReward):
         kappa: float = 0.0,  #: How much doubt costs: standard deviations of a gaussian head that are taken off its mean.
         frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
     ):
+        folder = Path(place_of(folder))
         self.network = PreferenceNetwork.load(folder)
         self.kappa = kappa
         if kappa and self.network.head != "gaussian":
             raise ValueError(f"kappa={kappa} wants a gaussian head, and {folder} has the head {self.network.head}")
-        licence = json.loads((Path(folder) / REWARD_FILE).read_text(encoding="utf-8")).get("licence", "")
+        licence = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8")).get("licence", "")
         super().__init__("preference", self.network.backbone, frames, Traits(differentiable=True, licence=licence))
 
     def values(self, images: Tensor, prompts: list[str]) -> Tensor:

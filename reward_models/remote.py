@@ -57,7 +57,7 @@ class Remote:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: a whole number, {least} or more")
         if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout={timeout!r}: seconds, more than 0")
+            raise ValueError(f"timeout={timeout:g}: seconds, more than 0")
         check_url(url)
         self.url, self.reward, self.name = url.rstrip("/"), reward, reward or "remote"
         self.batch_size, self.concurrency, self.format, self.on_error = batch_size, concurrency, format, on_error

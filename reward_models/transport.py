@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.reward_models.backbones import Frames, check_frames, cosine, score_pictures
-from flowrl.reward_models.base import REWARD_FILE, Traits, embedded_folder
+from flowrl.reward_models.base import REWARD_FILE, Traits, place_of
 from flowrl.reward_models.features import load_backbone
 from flowrl.reward_models.gaussians import bures_map, moments, shrunk
 from flowrl.reward_models.sinkhorn import balanced, partial, unbalanced, uniform
@@ -102,11 +102,11 @@ class Transport:
 
     def __init__(
         self,
-        #: What `flowrl train-reward tiny-transport`, or another recipe of the task, wrote; unset: the one of the embedded world.
-        folder: str | Path | None = None,
+        #: What `flowrl train-reward tiny-transport`, or another recipe of the task, wrote; the one that ships by default.
+        folder: str | Path = "tiny_transport",
         frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
     ):
-        self.map, self.backbone = TransportMap.load(folder or embedded_folder("tiny_transport"))
+        self.map, self.backbone = TransportMap.load(place_of(folder))
         self.name, self.frames = "transport", check_frames(frames)
         self.traits = Traits(range=(-1, 1), differentiable=True, licence="see the card of its encoder")
 

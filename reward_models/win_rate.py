@@ -116,7 +116,7 @@ class WinRate:
         strength: Strength = "win_rate",
     ):
         if temperature is not None and temperature <= 0:
-            raise ValueError(f"temperature={temperature}: a positive difference of the reward `of`, or none for plain wins")
+            raise ValueError(f"temperature={temperature:g}: a positive difference of the reward `of`, or none for plain wins")
         if strength not in ("win_rate", "bradley_terry"):
             raise ValueError(f"strength={strength!r}: choose win_rate or bradley_terry")
         self.of = load_reward(of)

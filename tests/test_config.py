@@ -7,12 +7,13 @@ import inspect
 import re
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import yaml
 
 from flowrl.cli import main
-from flowrl.config import ConfigError, Plan, Recipe, build, load_recipe, recipe_names
+from flowrl.config import ConfigError, Plan, Recipe, build, coerced, load_recipe, recipe_names
 from flowrl.reward_models.base import find_reward
 from flowrl.train.balancing import Balancing
 from flowrl.train.objectives import OBJECTIVES
@@ -72,6 +73,36 @@ def test_every_option_is_documented():
 def test_a_recipe_survives_its_own_yaml():
     recipe = load_recipe("quickstart", ["objective.epsilon=1e-5", "rewards.brightness=0.5", "lora_targets=[to_q]"])
     assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "result"),
+    [
+        ("1e-4", float | None, 1e-4),
+        (None, float | None, None),
+        ("x", float | str, "x"),  # the first that fits
+        (Path("x"), str | Path, Path("x")),
+        ([1, "2"], tuple[float, float], (1.0, 2.0)),
+        (["a", 1], tuple[str, ...], ("a", "1")),
+        ((), tuple[str, ...], ()),
+    ],
+)
+def test_values_become_what_hints_want(value, hint, result):
+    assert coerced(value, hint, "key") == result
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "message"),
+    [
+        ("x", float | None, "key='x': wants a number"),
+        ([1], tuple[float, float], r"key=\[1\]: wants a list of 2"),
+        ("ab", tuple[str, ...], "key='ab': wants a list$"),
+        ([1, "x"], tuple[float, float], "key='x': wants a number"),
+    ],
+)
+def test_values_that_hints_refuse(value, hint, message):
+    with pytest.raises(ConfigError, match=message):
+        coerced(value, hint, "key")
 
 
 def test_overrides_reach_options_and_sections():

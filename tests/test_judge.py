@@ -613,7 +613,7 @@ HERE = "http://127.0.0.1:1/v1"
         ("pairwise", {"url": HERE, "order": "first"}, "order='first': choose both or random"),
         ("pairwise", {"url": HERE, "opponents": 0}, "opponents=0: at least 1"),
         ("rubric", {"url": HERE, "weights": {"Taste": 1}}, "weights: 'Taste' is not among Alignment, Coherence, Style"),
-        ("rubric", {"url": HERE, "scale": [5, 1]}, r"scale=\[5, 1\]: the worst and the best score"),
+        ("rubric", {"url": HERE, "scale": [5, 1]}, r"scale=\[5.0, 1.0\]: the worst and the best score"),
         ("assessor", {"url": HERE, "costs": {"hands": 1}}, "costs: 'hands' is not among human, animal, object"),
         ("assessor", {"url": HERE, "costs": {"human": -1}}, "costs: human=-1 must not be negative"),
         ("reference_judge", {"url": HERE, "tasks": {}}, "tasks: at least one"),

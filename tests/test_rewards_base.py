@@ -167,6 +167,36 @@ def test_rewards_by_name_path_and_object(tmp_path, monkeypatch):
     assert "own_rewards" in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("frechet", {"shrinkage": "a"}, "shrinkage='a': wants a number"),
+        ("uncertain", {"of": "brightness", "views": 2.5}, "views=2.5: wants a whole number"),
+        ("adversarial", {"window": [0.9]}, r"window=\[0.9\]: wants a list of 2"),
+        ("layout", {"gate": 0.5}, "gate=0.5: wants a list of 2"),
+        ("assessor", {"url": "http://x/v1", "costs": 3}, "costs=3: wants a mapping"),
+        ("tiny_artifact", {"threshold": "high"}, "threshold='high': wants a number"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(name, options, message):
+    """In a recipe, with the reward's label before it; classes of the user's without hints are left to themselves."""
+    with pytest.raises(ValueError, match=f"^mine: {message}"):
+        load_rewards({"mine": {"name": name, **options}})
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert load_reward("frechet", features="pixels", shrinkage="1e-1").shrinkage == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), {"preference": "tiny_preference", "artifact": "tiny_artifact", "clip_score": "tiny_clip"}.items()
+)
+def test_what_ships_may_be_named_where_a_folder_is_wanted(name, folder):
+    given = samples(2)
+    given.images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load_reward(name, folder=folder)(given), load_reward(folder)(given))
+
+
 def test_rewards_without_a_model():
     """brightness is the mean of all pixels; a flat picture is a smaller JPEG than noise."""
     assert load_reward("brightness")(samples(3)).tolist() == [0.0, 0.5, 1.0]

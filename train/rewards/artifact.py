@@ -24,7 +24,7 @@ from flowrl.pairs import load_picture
 from flowrl.policy import Policy
 from flowrl.reward_models.artifact import TINY_KINDS, ArtifactHead, encoder, features
 from flowrl.reward_models.backbones import resized
-from flowrl.reward_models.base import embedded_folder
+from flowrl.reward_models.base import place_of
 from flowrl.reward_models.features import picture_files
 from flowrl.reward_models.magic_mirror import TAXONOMY
 from flowrl.tiny import detect_batch, random_spec, render, sample_scene, verify
@@ -261,7 +261,7 @@ class Artifact:
     def save(self, folder: Path) -> None:
         """The head, and the encoder too where it is a folder of the user's."""
         backbone = self.backbone
-        if not embedded_folder(backbone).is_dir() and Path(backbone).is_dir():
+        if place_of(backbone) == backbone and Path(backbone).is_dir():
             self.encoder.save(folder)
             backbone = "."
         facts = {"never_seen": self.held_out_kind} if self.data == "tiny" else {}

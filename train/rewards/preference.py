@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flowrl.config import ConfigError
 from flowrl.pairs import PreferencePair, RankedList, load_lists, load_pairs, load_picture
 from flowrl.reward_models.backbones import ClipBackbone, Resize, resized
-from flowrl.reward_models.base import embedded_folder
+from flowrl.reward_models.base import place_of
 from flowrl.reward_models.preference import Head, PreferenceNetwork
 from flowrl.train.rewards import losses
 from flowrl.train.rewards.loop import RewardRecipe, Score, picks
@@ -78,12 +78,9 @@ class Preference:
     # -- the task
 
     def prepare(self, recipe: RewardRecipe, device: torch.device) -> nn.Module:
-        from flowrl.reward_models import EMBEDDED
-
         self.recipe, self.device = recipe, device
-        place = embedded_folder(self.backbone) if self.backbone in EMBEDDED else self.backbone
         try:
-            backbone = ClipBackbone.load(place, self.resize)
+            backbone = ClipBackbone.load(place_of(self.backbone), self.resize)
         except ValueError as error:
             raise ConfigError(f"task.backbone: {error}") from None
         try:
