@@ -10,6 +10,7 @@ scores, its gradients are averaged over processes, and it pauses where it is win
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,7 @@ class Adversarial:
         #: published: facebook/dinov2-base.
         features: Any = "tiny_clip",
         #: "samples" (what the loop provides: another model's or the user's pictures of the same prompt), or a folder of pictures.
-        references: str = "samples",
+        references: str | Path = "samples",
         hidden: int = 512,  #: Width of the head.
         learning_rate: float = 1e-4,  #: Of the head's Adam (betas 0.5, 0.999).
         patches: int | None = 64,  #: How many patches of each picture count, drawn by its seed; none for all.

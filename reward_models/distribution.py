@@ -186,7 +186,7 @@ class Frechet(_SetReward):
         features: Any = "tiny_clip",
         #: "samples" (what the loop provides), a folder of pictures, a file of texts (dual encoders only), or a .safetensors file
         #: with `mean` (d,) and `covariance` (d, d).
-        references: str = "samples",
+        references: str | Path = "samples",
         #: Of both covariances towards a multiple of the identity; wanted wherever there are fewer samples than dimensions.
         shrinkage: float = 0.1,
         #: Of the moments of earlier batches, in [0, 1): 0 knows this batch only, 0.9 about ten of them; averaged over processes.
@@ -258,7 +258,7 @@ class MMD(_SetReward):
         #: "pixels", an embedded dual encoder, or folder or hub id of a dual encoder or a vision transformer.
         features: Any = "tiny_clip",
         #: "samples" (what the loop provides), a folder of pictures, or a file of texts (dual encoders only).
-        references: str = "samples",
+        references: str | Path = "samples",
         #: rbf, or polynomial (as KID, on features of unit length scaled to that).
         kernel: Literal["polynomial", "rbf"] = "rbf",
         bandwidth: float | None = None,  #: Of rbf; unset: the median distance between references.

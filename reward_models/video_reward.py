@@ -386,7 +386,7 @@ class VideoReward:
         folder: str | Path | None = None,  #: What `flowrl train-reward` wrote, in place of `model`.
     ):
         if sampled_fps is not None and num_frames is not None:
-            raise ValueError(f"video_reward: sampled_fps={sampled_fps} and num_frames={num_frames}: one or the other")
+            raise ValueError(f"video_reward: sampled_fps={sampled_fps:g} and num_frames={num_frames}: one or the other")
         self.weights = torch.tensor([weights_of(dimensions)[head] for head in HEADS])
         place = folder or model
         names = (str(value) if value is not None else None for value in (base, template))
