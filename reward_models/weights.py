@@ -36,7 +36,7 @@ def located(place: str | Path) -> str:
 
     Where the hub's host has no address here, its client is told to work offline: it would try for a minute before it says so.
     """
-    if is_hub_id(place):
+    if not Path(place).exists():
         _notice_absence()
     return str(place)
 
