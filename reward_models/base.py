@@ -346,8 +346,12 @@ def _typed(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(cls if is_dataclass(cls) else cls.__init__)
     except (NameError, TypeError, AttributeError):
         return options
-    plain = {name: hint for name, hint in hints.items() if Literal not in map(typing.get_origin, (hint, *typing.get_args(hint)))}
+    plain = {name: hint for name, hint in hints.items() if not any(map(_is_choice, (hint, *typing.get_args(hint))))}
     return {name: coerced(value, plain[name], name) if name in plain else value for name, value in options.items()}
+
+
+def _is_choice(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
 
 
 def _import(path: str, spec: str) -> Any:
