@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from objectives import clear_false_start, measured, measured_base, train
+from objectives import clear_false_start, kept_result, measured, measured_base, train
 
 from flowrl.commands.common import quiet_libraries
 from flowrl.config import load_recipe
@@ -57,16 +57,15 @@ SMOOTH = 10  #: Steps that a curve's point is the mean of.
 
 def score(folder: Path) -> dict[str, Any]:
     """Before and after of every reward, and how often an update went against one; kept in the run's folder."""
-    kept = folder / "result.json"
-    facts = json.loads((folder / "facts.json").read_text())
-    if kept.is_file() and (result := json.loads(kept.read_text()))["steps"] == facts["steps"]:
+    facts, result = kept_result(folder)
+    if result is not None:
         return result
     recipe = load_recipe(folder / "recipe.yaml")
     base = measured_base(recipe.model, recipe.autocast, json.dumps(recipe.rewards))
     tuned = measured(load_trained(folder), recipe.rewards, folder.name)
     rewards = {name: vars(compare(base, tuned, name)) for name in base.rewards}
     result = {**facts, "rewards": rewards, "conflict": conflict(read_metrics(folder))}
-    kept.write_text(json.dumps(result) + "\n")
+    (folder / "result.json").write_text(json.dumps(result) + "\n")
     return result
 
 

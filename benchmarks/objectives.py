@@ -31,6 +31,7 @@ from flowrl.evaluate import Evaluation, Protocol, compare, evaluate, text_table
 from flowrl.policy import Policy
 from flowrl.record import checkpoints, load_trained
 from flowrl.reward_models.base import load_rewards
+from flowrl.statistics import interval
 from flowrl.train import Trainer
 
 PROTOCOL = Protocol("tiny-test", 20, 1.0, seeds=4)
@@ -110,19 +111,17 @@ def goal_of(result: Evaluation, goal: dict[str, float]) -> np.ndarray:
     return np.nanmean(np.sum(columns, 0), 1)
 
 
-def interval(base: np.ndarray, tuned: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean difference, by a bootstrap over prompts."""
-    rng = np.random.default_rng(0)
-    difference = tuned - base
-    means = difference[rng.integers(len(difference), size=(4000, len(difference)))].mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+def kept_result(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What is known of a run, and what was measured of it, unless it has gone on since."""
+    kept, facts = folder / "result.json", json.loads((folder / "facts.json").read_text())
+    result = json.loads(kept.read_text()) if kept.is_file() else None
+    return facts, result if result is not None and result["steps"] == facts["steps"] else None
 
 
 def score(folder: Path) -> dict[str, Any]:
     """Before and after of one run; kept in its folder."""
-    kept = folder / "result.json"
-    facts = json.loads((folder / "facts.json").read_text())
-    if kept.is_file() and (result := json.loads(kept.read_text()))["steps"] == facts["steps"]:
+    facts, result = kept_result(folder)
+    if result is not None:
         return result
     recipe = load_recipe(folder / "recipe.yaml")
     rewards = {} if facts["data"] else recipe.rewards
@@ -135,10 +134,10 @@ def score(folder: Path) -> dict[str, Any]:
         **facts,
         "before": float(before.mean()),
         "after": float(after.mean()),
-        "interval": interval(before, after),
+        "interval": interval(after - before),
         "accuracy": [accuracy.base, accuracy.tuned, accuracy.low, accuracy.high],
     }
-    kept.write_text(json.dumps(result) + "\n")
+    (folder / "result.json").write_text(json.dumps(result) + "\n")
     return result
 
 

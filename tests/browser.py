@@ -27,7 +27,7 @@ def no_browser(reason: str) -> NoReturn:
     """Skip, or fail where a browser is required."""
     if os.environ.get("FLOWRL_REQUIRE_BROWSER") == "1":
         pytest.fail(f"FLOWRL_REQUIRE_BROWSER=1, but {reason}.")
-    pytest.skip(f"The gallery was not looked at in a browser: {reason}.")
+    pytest.skip(f"Pages were not looked at in a browser: {reason}.")
 
 
 @pytest.fixture(scope="session")

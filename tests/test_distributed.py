@@ -30,9 +30,14 @@ class Watched(Trainer):
         super().__init__(*args, **kwargs, hooks=[self.look])
         self.seen: list[dict] = []
 
-    def advantages(self, scores, group):
-        advantage, metrics = super().advantages(scores, group)
-        self.seen.append({"scores": scores, "group": group, "advantage": advantage})
+    def scored(self, drawn, clock):
+        batches, samples, scores = super().scored(drawn, clock)
+        self.seen.append({"scores": scores, "group": samples.group})
+        return batches, samples, scores
+
+    def advantages(self, rewards, groups):
+        advantage, metrics = super().advantages(rewards, groups)
+        self.seen[-1]["advantage"] = advantage
         return advantage, metrics
 
     @staticmethod

@@ -215,7 +215,7 @@ def test_clip_score_with_siglip(tmp_path, mode, resample):
 def test_hps(hps_folder, size):
     images = photo(2, *size)
     model = open_clip.create_model(ARCHITECTURE).eval()
-    model.load_state_dict(torch.load(hps_folder / "HPS_v2.1_compressed.pt")["state_dict"])
+    model.load_state_dict(torch.load(hps_folder / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"])
     transform = image_transform(32, is_train=False, resize_mode="longest")
     with torch.no_grad():
         pictures = model.encode_image(torch.stack([transform(picture) for picture in to_pil(images)]), normalize=True)
@@ -232,7 +232,7 @@ def test_aesthetic(clip_folder, head_file):
         model = AutoModel.from_pretrained(clip_folder)
         x = model.visual_projection(model.vision_model(**logits).pooler_output)
     x = x / x.norm(dim=-1, keepdim=True)
-    head = torch.load(head_file)
+    head = torch.load(head_file, weights_only=True)
     for name in ("0", "2", "4", "6", "7"):
         x = x @ head[f"layers.{name}.weight"].T + head[f"layers.{name}.bias"]
     torch.testing.assert_close(Aesthetic(head_file, clip_folder)(samples(images)), x[:, 0], rtol=1e-4, atol=1e-4)
@@ -431,7 +431,7 @@ def test_gradients_reach_what_is_trained():
 
 def test_incomplete_checkpoints_are_named(clip_folder, hps_folder, blip_folder, head_file, tmp_path):
     def without(path: Path, name: str, under: str | None = None) -> Path:
-        state = torch.load(path)
+        state = torch.load(path, weights_only=True)
         del (state[under] if under else state)[name]
         torch.save(state, tmp_path / path.name)
         return tmp_path / path.name

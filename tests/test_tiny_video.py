@@ -190,8 +190,8 @@ def test_the_build_makes_a_pipeline_that_the_policy_drives(tmp_path):
     assert max(len(pipe.tokenizer(spec["prompt"]).input_ids) for spec in all_specs()) < video.MAX_TOKENS
     assert evaluate.sample(pipe, ["a red circle moving left"], [0], num_inference_steps=2).shape == (1, FRAMES, 3, SIDE, SIDE)
     z = torch.load(settings.work / "latents.pt", weights_only=True)["z"].float()
-    torch.testing.assert_close(z.mean((0, 2, 3, 4)), torch.zeros(8), atol=2e-2, rtol=0)
-    torch.testing.assert_close(z.std((0, 2, 3, 4)), torch.ones(8), atol=5e-2, rtol=0)
+    torch.testing.assert_close(z.mean((0, 2, 3, 4)), torch.zeros(12), atol=2e-2, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3, 4)), torch.ones(12), atol=5e-2, rtol=0)
     policy = Policy.load(out, num_inference_steps=2)
     samples = policy.rollout(["a red circle moving left"] * 2, seeds=[0, 1])
     assert policy.decode(samples).shape == (2, FRAMES, 3, SIDE, SIDE)

@@ -68,10 +68,10 @@ class Balancing:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ConfigError where the state is of other rewards."""
-        names = state.pop("names")
+        names = state["names"]
         if names != self.names:
             raise ConfigError(f"the checkpoint balances {', '.join(names)}, this recipe {', '.join(self.names)}: start a new run")
-        self.state = Weights(**state)
+        self.state = Weights(**{key: value for key, value in state.items() if key != "names"})
 
     # ------------------------------------------------------------------------------------------------ one update
 

@@ -279,23 +279,26 @@ class Trainer:
     def collect(self, clock: _Clock) -> tuple[list[Samples], Samples, Tensor, Tensor, dict[str, float]]:
         """The policy's own samples: batches with their recorded steps, all as one, scores (N, K), advantages (N,), metrics."""
         batches, samples, scores = self.scored(self.rollout(self.progress.step), clock)
-        constrained = self.constraints.update(self.gathered(scores), list(self.rewards))
-        advantage, metrics = self.advantages(scores, samples.group)
+        judged = [(self.gathered(scores), self.gathered(samples.group))]  # int64: floats would merge large ids
+        constrained = self.constraints.update(judged[0][0], list(self.rewards))
+        advantage, metrics = self.advantages(*judged[0])
         metrics.update(constrained)
-        each = self.each(scores, samples.group)
         for stride in self.recipe.strides[1:]:
-            _, ends, judged = self.scored((self.end(batch, stride) for batch in batches), clock)
-            further, of_ends = self.advantages(judged, ends.group)
-            advantage, each = advantage + further, each + self.each(judged, ends.group)
-            metrics[f"reward/stride{stride}"] = of_ends["reward"]
+            _, ends, of_ends = self.scored((self.end(batch, stride) for batch in batches), clock)
+            judged.append((self.gathered(of_ends), self.gathered(ends.group)))
+            further, told = self.advantages(*judged[-1])
+            advantage = advantage + further
+            metrics[f"reward/stride{stride}"] = told["reward"]
         if self.process is not None:
             metrics["process_reward"] = self.credit(batches)
             clock.lap("score_time")
+        confidence = torch.ones(len(samples))
         if self.recipe.confidence is not None:
             doubter: Any = self.rewards[self.recipe.confidence]
             confidence = doubter.confidence(samples).cpu()
-            advantage, each = advantage * confidence, each * confidence.unsqueeze(1)
+        advantage = advantage * confidence
         if self.balancing is not None:
+            each = torch.stack([self.each(*of) for of in judged]).sum(0) * confidence.unsqueeze(1)
             for batch, own in zip(batches, each.split([len(batch) for batch in batches]), strict=True):
                 batch.each = own
         for label, reward in self.learning.items():
@@ -426,9 +429,8 @@ class Trainer:
                 recorded.group = batch.group
             yield batch
 
-    def advantages(self, scores: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Advantages (N,) of this process's samples, computed over all processes, and the rewards' metrics."""
-        rewards, groups = self.gathered(scores), self.gathered(group)  # int64: floats would merge large ids
+    def advantages(self, rewards: Tensor, groups: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Advantages (N,) of this process's samples, and the rewards' metrics. rewards, groups: of all processes."""
         for k, name in enumerate(self.rewards):
             if rewards[:, k].isnan().all():
                 raise preflight.CheckFailed(
@@ -458,10 +460,10 @@ class Trainer:
                 metrics[f"rewards/{name}/truncated"] = truncated
         return self._own(all_advantages), metrics
 
-    def each(self, scores: Tensor, group: Tensor) -> Tensor:
+    def each(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """(N, K) the advantages of this process's samples by each reward alone, NaN where it abstains."""
         scaling = Scaling(self.recipe.scale_rewards, best=self.best)
-        return self._own(scaling.each(self.gathered(scores), self.gathered(group), self.weights_row))
+        return self._own(scaling.each(rewards, groups, self.weights_row))
 
     def gathered(self, values: Tensor) -> Tensor:
         """Of all processes, in the order of their rank."""

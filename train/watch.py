@@ -72,6 +72,11 @@ class Nothing:
     """Measure nothing."""
 
 
+def _spread(known: Tensor) -> float:
+    """Standard deviation of known scores (n,); NaN of fewer than two."""
+    return float(known.std()) if len(known) > 1 else math.nan
+
+
 #: What may stand in a recipe's `watch`.
 WATCHES: dict[str, type] = {"trends": Trends, "none": Nothing}
 
@@ -159,7 +164,7 @@ class Watch:
         for name, values in zip(self.held_out, judged.double().T, strict=True):
             known = values[~values.isnan()]
             own[f"{HELD_OUT}{name}"] = float(known.mean())
-            self._scale(f"{HELD_OUT}{name}", float(known.std()) if len(known) > 1 else math.nan)
+            self._scale(f"{HELD_OUT}{name}", _spread(known))
         return own
 
     def evaluated(self, step: int, result: Evaluation) -> None:
@@ -167,7 +172,7 @@ class Watch:
         for series, repeated in self.evaluations.items():
             values = result.per_prompt(series.removeprefix(EVALUATED))
             repeated.add(step, values.tolist())
-            self._scale(series, float(values[~values.isnan()].std()))
+            self._scale(series, _spread(values[~values.isnan()]))
 
     # ------------------------------------------------------------------------------------------------ judging
 

@@ -81,7 +81,7 @@ def write_prompts(folder: Path) -> None:
 
 
 #: What differs from `Settings` where clips are trained.
-VIDEO: dict[str, Any] = {"world": "video", "vae_batch": 16, "pool": 24_000, "vae_steps": 1500}
+VIDEO: dict[str, Any] = {"world": "video", "vae_batch": 8, "pool": 24_000, "vae_steps": 2000}
 
 
 def _parser(video: bool) -> argparse.ArgumentParser:

@@ -44,7 +44,7 @@ class Architecture:
 
     vae_width: int = 8  #: Channels at the full size; times `vae_widening` at each of four sizes.
     vae_widening: tuple[int, ...] = (1, 2, 4, 4)
-    latent_channels: int = 8
+    latent_channels: int = 12
     layers: int = 6
     heads: int = 4
     head_dim: int = 32
@@ -66,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_vae(arch: Architecture) -> AutoencoderKLWan:
-    """Pixels (B, 3, 9, 48, 48) in [-1, 1] to latents (B, C, 3, 6, 6) and back."""
+    """Pixels (B, 3, 9, 48, 48) in [-1, 1] to latents (B, 12, 3, 6, 6) and back."""
     none = [0.0] * arch.latent_channels
     return AutoencoderKLWan(
         base_dim=arch.vae_width,
