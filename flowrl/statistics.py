@@ -16,8 +16,8 @@ from scipy.stats import norm, t
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowrl.reward_models.distribution import median_distance, mmd, rbf, vendi_score
 from flowrl.reward_models.gaussians import frechet_distance, moments, shrunk
+from flowrl.reward_models.set_functions import median_distance, mmd, rbf, vendi_score
 
 TIE = 1.5e-6  #: Scores are saved with six decimals: what lies closer together is a tie.
 MOST = 2000  #: Samples whose kernels are compared, of each set; beyond, evenly chosen ones.

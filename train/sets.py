@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowrl.batch import Samples
-from flowrl.reward_models.distribution import Frechet, better_half, median_distance, mmd, rbf, vendi_score
+from flowrl.reward_models.distribution import Frechet
 from flowrl.reward_models.gaussians import frechet_distance, moments, shrunk
+from flowrl.reward_models.set_functions import better_half, median_distance, mmd, rbf, vendi_score
 
 #: Of a set of features (n, d), lower is better.
 Distance = Callable[[Tensor], Tensor]
