@@ -24,7 +24,8 @@ from flowrl.clip_pairs import ClipPair, load_clip_pairs
 from flowrl.config import ConfigError
 from flowrl.reward_models.base import REWARD_FILE
 from flowrl.reward_models.video_checkpoint import CONFIG_FILE
-from flowrl.reward_models.video_reward import BASE, HEADS, TEMPLATE, TOKENS, Settings, VideoRewardNetwork, read_template
+from flowrl.reward_models.video_reward_inputs import HEADS, TEMPLATE, TOKENS, Settings, read_template
+from flowrl.reward_models.video_reward_network import BASE, VideoRewardNetwork
 from flowrl.reward_models.weights import unreachable
 from flowrl.tiny.clip_pairs import flawed_pair
 from flowrl.tiny.moves import FPS, FRAMES, SIDE, all_specs
