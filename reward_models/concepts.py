@@ -22,7 +22,9 @@ from torch import Tensor
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import Traits
-from flowrl.reward_models.detectors import Box, Colors, Found, detect_in, intersections, load_detector, pictures_of
+from flowrl.reward_models.boxes import Box, Found, intersections
+from flowrl.reward_models.colors import Colors
+from flowrl.reward_models.detectors import detect_in, load_detector, pictures_of
 from flowrl.reward_models.geneval import AXES, Clause, Objects, Spec, by_name, proportioned, read_spec
 
 Kind = Literal["number", "size", "attribute", "relation"]

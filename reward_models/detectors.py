@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import RewardError, to_pil
+from flowrl.reward_models.boxes import Box, Found, distinct, intersections
+from flowrl.reward_models.colors import ClipColors, Colors
 from flowrl.reward_models.weights import located
 
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Found:
-    """One detection. box: (x0, y0, x1, y1) as shares of the picture's width and height; score in [0, 1].
-
-    color: where the detector tells it.
-    """
-
-    phrase: str
-    box: Box
-    score: float
-    color: str | None = None
+__all__ = [
+    "Box",
+    "ClipColors",
+    "Colors",
+    "Detector",
+    "Found",
+    "TinyDetector",
+    "ZeroShotDetector",
+    "detect_in",
+    "distinct",
+    "intersections",
+    "load_detector",
+    "pictures_of",
+]
 
 
 class Detector(Protocol):
@@ -80,33 +79,6 @@ def detect_in(detector: Detector, images: Tensor, phrases: Sequence[Sequence[str
         for i, objects in zip(asked, detector.detect(images[asked], [phrases[i] for i in asked]), strict=True):
             found[i] = objects
     return found
-
-
-def intersections(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (P, 4) and (T, 4) -> (P, T): intersection over union, and intersection over the smaller of the two."""
-    corner0 = np.maximum(a[:, None, :2], b[None, :, :2])
-    corner1 = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = np.prod(np.clip(corner1 - corner0, 0, None), -1)
-    area_a, area_b = (np.prod(np.clip(x[:, 2:] - x[:, :2], 0, None), -1) for x in (a, b))
-    union = area_a[:, None] + area_b[None] - shared
-    smaller = np.minimum(area_a[:, None], area_b[None])
-    return shared / np.maximum(union, 1e-12), shared / np.maximum(smaller, 1e-12)
-
-
-def distinct(found: Iterable[Found], overlap: float = 0.9) -> list[Found]:
-    """Best first, without those that share more than `overlap` of the smaller box with a better one of their phrase.
-
-    That covers both rules in use, intersection over union and containment above 0.9, as the second follows from the first.
-    """
-    ranked = sorted(found, key=lambda f: -f.score)
-    kept: list[int] = []
-    if ranked:
-        boxes = np.array([f.box for f in ranked])
-        within = intersections(boxes, boxes)[1]
-        for i, candidate in enumerate(ranked):
-            if all(within[i, k] <= overlap or ranked[k].phrase != candidate.phrase for k in kept):
-                kept.append(i)
-    return [ranked[i] for i in kept]
 
 
 class TinyDetector:
@@ -243,70 +215,3 @@ class ZeroShotDetector:
         if len(runs) != len(phrases):
             raise ValueError(f"the detector's text holds {len(runs)} of {len(phrases)} phrases: {', '.join(phrases)}")
         return torch.stack([logits[..., run].amax(-1) for run in runs], -1)
-
-
-class ClipColors:
-    """Names the colour of boxes with CLIP, as GenEval does: three templates per colour, the nearest of ten colours.
-
-    GenEval greys the background by the object's mask; boxes have no mask, so that the crop is used as it is.
-    """
-
-    COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-    TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-
-    def __init__(self, place: Any = "openai/clip-vit-large-patch14"):
-        from flowrl.reward_models.backbones import ClipBackbone
-
-        self.clip = place if isinstance(place, ClipBackbone) else ClipBackbone.load(place)
-
-    def __call__(self, image: Tensor, boxes: Sequence[Box], name: str) -> list[str]:
-        """image: (3, H, W) in [0, 1]; name: what is in all of the boxes. One colour per box."""
-        return [self.COLORS[i] for i in self.probabilities(image, boxes, name).argmax(-1).tolist()]
-
-    @torch.no_grad()
-    def probabilities(self, image: Tensor, boxes: Sequence[Box], name: str) -> Tensor:
-        """Of each of COLORS, (boxes, colours): a softmax of CLIP's logits. Arguments as in a call."""
-        height, width = image.shape[-2:]
-        crops = []
-        for x0, y0, x1, y1 in boxes:
-            left, top = min(int(x0 * width), width - 1), min(int(y0 * height), height - 1)
-            right, bottom = max(left + 1, round(x1 * width)), max(top + 1, round(y1 * height))
-            crop = image[None, :, top:bottom, left:right]
-            crops.append(F.interpolate(crop.float(), self.clip.size, mode="bicubic", antialias=True).clamp(0, 1))
-        pictures = F.normalize(self.clip.pictures(torch.cat(crops)).float(), dim=-1)
-        texts = [template.format(color=color, name=name) for color in self.COLORS for template in self.TEMPLATES]
-        ways = F.normalize(self.clip.texts(texts).float(), dim=-1).unflatten(0, (len(self.COLORS), len(self.TEMPLATES)))
-        return (self.clip.logit_scale * pictures @ F.normalize(ways.mean(1), dim=-1).T).softmax(-1)
-
-
-class Colors:
-    """The colours of detections whose detector does not tell them.
-
-    namer: hub id or folder of a CLIP, loaded when it is first asked, or a function (image (3, H, W), boxes, name) -> colours.
-    """
-
-    def __init__(self, namer: Any):
-        self.given = namer
-
-    def __call__(self, image: Tensor, found: Sequence[Found], names: Container[str]) -> list[Found]:
-        """All of them, those of these names with a colour."""
-        named = list(found)
-        for name in dict.fromkeys(f.phrase for f in found if f.color is None and f.phrase in names):
-            rows = [i for i, f in enumerate(found) if f.color is None and f.phrase == name]
-            for i, color in zip(rows, self.namer(image, [found[i].box for i in rows], name), strict=True):
-                named[i] = replace(found[i], color=color)
-        return named
-
-    def chances(self, image: Tensor, found: Sequence[Found], name: str, color: str) -> list[float]:
-        """How likely each of them, of one name, has the colour: 1 or 0 where somebody names it, else CLIP's probability."""
-        boxes = [f.box for f in found if f.color is None]
-        if boxes and isinstance(self.namer, ClipColors) and color in ClipColors.COLORS:
-            told = iter(self.namer.probabilities(image, boxes, name)[:, ClipColors.COLORS.index(color)].tolist())
-            return [next(told) if f.color is None else float(f.color == color) for f in found]
-        return [float(f.color == color) for f in self(image, found, [name])]
-
-    @property
-    def namer(self) -> Callable[[Tensor, Sequence[Box], str], list[str]]:
-        if not callable(self.given):
-            self.given = ClipColors(self.given)
-        return self.given

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import Traits
-from flowrl.reward_models.detectors import Box, Colors, Found, detect_in, load_detector, pictures_of
+from flowrl.reward_models.boxes import Box, Found
+from flowrl.reward_models.colors import Colors
+from flowrl.reward_models.detectors import detect_in, load_detector, pictures_of
 
 #: Unit vector from the second object to the first, y downwards.
 AXES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import Traits
-from flowrl.reward_models.detectors import Box, Found, detect_in, intersections, load_detector, pictures_of
+from flowrl.reward_models.boxes import Box, Found, intersections
+from flowrl.reward_models.detectors import detect_in, load_detector, pictures_of
 from flowrl.reward_models.geneval import direction, proportioned, read_spec
 
 SAME = 0.7  #: Intersection over union above which two detections are of one thing, whatever their phrases.

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from flowrl.batch import Samples
 from flowrl.reward_models.base import Traits
-from flowrl.reward_models.detectors import Box, Colors, Found, detect_in, distinct, load_detector, pictures_of
+from flowrl.reward_models.boxes import Box, Found, distinct
+from flowrl.reward_models.colors import Colors
+from flowrl.reward_models.detectors import detect_in, load_detector, pictures_of
 from flowrl.reward_models.geneval import Spec, by_name, read_spec, terms
 
 Rule = Literal["min", "max"]

@@ -19,7 +19,7 @@ from flowrl.config import ConfigError
 from flowrl.data import load_prompts, sample_seed
 from flowrl.policy import Policy
 from flowrl.reward_models.base import load_reward, score_one
-from flowrl.reward_models.latent import (
+from flowrl.reward_models.latent_head import (
     LatentHead,
     Pool,
     block_features,

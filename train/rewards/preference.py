@@ -21,7 +21,7 @@ from flowrl.config import ConfigError
 from flowrl.pairs import PreferencePair, RankedList, load_lists, load_pairs, load_picture
 from flowrl.reward_models.backbones import ClipBackbone, Resize, resized
 from flowrl.reward_models.base import place_of
-from flowrl.reward_models.preference import Head, PreferenceNetwork
+from flowrl.reward_models.preference_network import Head, PreferenceNetwork
 from flowrl.train.rewards import losses
 from flowrl.train.rewards.loop import RewardRecipe, Score, picks
 
