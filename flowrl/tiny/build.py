@@ -81,7 +81,7 @@ def write_prompts(folder: Path) -> None:
 
 
 #: What differs from `Settings` where clips are trained.
-VIDEO: dict[str, Any] = {"world": "video", "vae_batch": 8, "pool": 24_000, "vae_steps": 2000}
+VIDEO: dict[str, Any] = {"world": "video", "vae_batch": 4, "pool": 24_000, "vae_steps": 3000, "vae_emphasis": 4.0}
 
 
 def _parser(video: bool) -> argparse.ArgumentParser:

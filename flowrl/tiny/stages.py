@@ -44,6 +44,7 @@ class Settings:
     batch: int = 128
     lr: float = 1.5e-3
     vae_lr: float = 2e-3
+    vae_emphasis: float = 0.0  #: By how much a pixel counts more that is as far from the mean colour as white from mid-grey.
     decay_from: float = 0.5  #: Share of the steps after which the learning rate falls, linearly to zero.
     ema: float = 0.999
     caption_dropout: float = 0.1
@@ -122,7 +123,10 @@ def train_vae(settings: Settings) -> Any:
             posterior = vae.encode(images).latent_dist
             z = posterior.sample()
             out = vae.decode(z + 0.05 * torch.randn_like(z)).sample.float()
-        error = F.l1_loss(out, images) + F.mse_loss(out, images)
+        off = (out - images).abs()
+        ground = images.flatten(2).mean(2).reshape(*images.shape[:2], *[1] * (images.ndim - 2))
+        weight = 1 + settings.vae_emphasis * (images - ground).abs().mean(1, keepdim=True)
+        error = ((off + off.square()) * weight).mean()
         loss = error + 1e-4 * posterior.kl().mean() / z[0].numel()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

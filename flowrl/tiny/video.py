@@ -42,7 +42,7 @@ EXTRA_WORDS = ("clip", "of", "fast", "slow", "big", "small", "orange", "white", 
 class Architecture:
     """Widths and depths. The defaults are the shipped model; tests build smaller ones."""
 
-    vae_width: int = 8  #: Channels at the full size; times `vae_widening` at each of four sizes.
+    vae_width: int = 16  #: Channels at the full size; times `vae_widening` at each of four sizes.
     vae_widening: tuple[int, ...] = (1, 2, 4, 4)
     latent_channels: int = 12
     layers: int = 6
