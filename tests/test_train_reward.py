@@ -23,7 +23,7 @@ from flowrl.reward_models.base import embedded_folder
 from flowrl.tiny.pairs import word_tests
 from flowrl.train.rewards import TASKS
 from flowrl.train.rewards.contrastive import contrastive_loss, tiny_clip
-from flowrl.train.rewards.loop import RewardTrainer, load_reward_recipe, picks, seeds
+from flowrl.train.rewards.loop import RewardTrainer, held_out_prompts, load_reward_recipe, picks, seeds
 from flowrl.train.rewards.preference import Preference, differences, padded
 from tests.runs import SERVER, finish, ranks, run, start
 from tests.test_resume import lines, wait_for
@@ -329,6 +329,17 @@ def test_lists_of_different_lengths(data, tmp_path):
     d, label = differences(torch.tensor([[1.0, 2.0, 4.0]]), [three])
     assert d.tolist() == [1, 3, 2] and label.tolist() == [0, 0, 1]
     assert padded([torch.ones(2), torch.ones(3)], 7.0).tolist() == [[1, 1, 7], [1, 1, 1]]
+
+
+def test_a_share_of_the_prompts_is_held_out():
+    """3 of 7, as .3 x 7 = 2.1 is rounded up; however often a prompt comes, and in which order; of one prompt nothing is left."""
+    prompts = [f"a {i}" for i in range(7)]
+    held = held_out_prompts(prompts, 0.3, 0, "pairs.jsonl")
+    assert len(held) == 3 and held < set(prompts)
+    assert held_out_prompts(prompts[::-1] * 4 + ["a 3"], 0.3, 0, "pairs.jsonl") == held
+    assert len({frozenset(held_out_prompts(prompts, 0.3, seed, "pairs.jsonl")) for seed in range(8)}) > 1
+    with pytest.raises(ValueError, match=r"pairs.jsonl has one prompt only: name held-out data in task.eval_data"):
+        held_out_prompts(["a", "a"], 0.3, 0, "pairs.jsonl")
 
 
 def test_held_out_prompts_are_not_trained_on(data, tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from flowrl.commands.common import command, positive, quiet_libraries
 from flowrl.commands.rewards import print_options
+
+R = TypeVar("R")
 
 #: The sections of a recipe that name a class, and where their classes are.
 SECTIONS = {
@@ -87,19 +90,29 @@ def print_section(section: str) -> None:
         print()
 
 
+def recipe_to_train(arguments: argparse.Namespace, load: Callable[..., R]) -> R:
+    """The recipe that was asked for, and libraries and threads made ready. load: as `load_recipe`. Raises ConfigError."""
+    from flowrl.config import ConfigError
+
+    if arguments.recipe is None:
+        raise ConfigError("no recipe: give one that ships (see `flowrl recipes`) or a YAML file")
+    recipe = load(arguments.recipe, arguments.overrides)
+    quiet_libraries()
+    from flowrl.train.trainer import set_threads
+
+    set_threads()
+    return recipe
+
+
 def run_train(arguments: argparse.Namespace) -> int:
-    from flowrl.config import ConfigError, load_recipe
+    from flowrl.config import load_recipe
 
     if arguments.options:
         print_section(arguments.options)
         return 0
-    if arguments.recipe is None:
-        raise ConfigError("no recipe: give one that ships (see `flowrl recipes`) or a YAML file")
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    quiet_libraries()
-    from flowrl.train.trainer import Trainer, set_threads
+    recipe = recipe_to_train(arguments, load_recipe)
+    from flowrl.train.trainer import Trainer
 
-    set_threads()
     trainer = Trainer(recipe)
     folder = trainer.train()
     if not trainer.finished:
@@ -111,7 +124,6 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_train_reward(arguments: argparse.Namespace) -> int:
-    from flowrl.config import ConfigError
     from flowrl.train.rewards.recipe import load_reward_recipe
 
     if arguments.options:
@@ -121,14 +133,9 @@ def run_train_reward(arguments: argparse.Namespace) -> int:
         print(f"task {arguments.options}: {(task.__doc__ or '').strip()}\n")
         print_options(task, {})
         return 0
-    if arguments.recipe is None:
-        raise ConfigError("no recipe: give one that ships (see `flowrl recipes`) or a YAML file")
-    recipe = load_reward_recipe(arguments.recipe, arguments.overrides)
-    quiet_libraries()
+    recipe = recipe_to_train(arguments, load_reward_recipe)
     from flowrl.train.rewards.loop import RewardTrainer
-    from flowrl.train.trainer import set_threads
 
-    set_threads()
     trainer = RewardTrainer(recipe)
     trainer.train()
     return 0 if trainer.finished else 130

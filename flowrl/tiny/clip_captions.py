@@ -2,35 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
-from .moves import DIRECTIONS, KINDS, SIZES, SPEEDS, Clip, Moving, Spec, all_specs, random_spec, render_clip, sample_clip, split
-from .scenes import COLORS, SHAPES
-
-#: Words that may stand for one another.
-_ALIKE = (tuple(COLORS), SHAPES, tuple(DIRECTIONS), tuple(SPEEDS), SIZES)
-
-
-@cache
-def _by_prompt() -> dict[str, Spec]:
-    return {spec["prompt"]: spec for spec in all_specs()}
-
-
-@cache
-def _neighbours(prompt: str) -> tuple[str, ...]:
-    words, found = prompt.split(), []
-    for i, word in enumerate(words):
-        others = next((group for group in _ALIKE if word in group), ())
-        found += [" ".join([*words[:i], other, *words[i + 1 :]]) for other in others if other != word]
-    return tuple(other for other in found if other in _by_prompt())
-
-
-def neighbours(spec: Spec, but: str | None = "test") -> list[Spec]:
-    """The captions of the grammar that differ from this one in one word, without those of the split `but`."""
-    left_out = {s["prompt"] for s in split(but)} if but else set()
-    return [_by_prompt()[other] for other in _neighbours(spec["prompt"]) if other not in left_out]
+from .moves import DIRECTIONS, KINDS, SPEEDS, Clip, Moving, Spec, neighbours, random_spec, render_clip, sample_clip
 
 
 def shows(clip: Clip, spec: Spec) -> bool:

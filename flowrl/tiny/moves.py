@@ -14,14 +14,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import permutations, product
-from typing import Any
 
 import numpy as np
 
+from .grammar import Grammar, Spec
 from .render import render
-from .scenes import BACKGROUND, COLORS, SHAPES, Object, Scene, pick
+from .scenes import BACKGROUND, COLORS, SHAPES, Object, Scene
 
 FRAMES = 9  #: Of a clip: the first, and two times four, as a video autoencoder that shortens by 4 wants it.
 SIDE = 48  #: Frames are SIDE x SIDE pixels.
@@ -36,8 +35,6 @@ _ANY_SPEED = (0.8, 2.9)
 _SMALL, _LARGE = (11.5, 13.5), (18.0, 22.0)  # box sides between which an object grows or shrinks
 _ALONE, _TOGETHER = (13.0, 18.0), (12.0, 15.0)  # box sides of one object, and of two
 _GAP, _MARGIN = 3.0, 1.5  # pixels between two boxes at any time, and between a box and the border
-
-Spec = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,6 @@ def _grammar() -> dict[str, list[Spec]]:
     return dict(zip(KINDS, (still, direction, color, speed, size, two), strict=True))
 
 
-@cache
 def _splits() -> dict[str, list[Spec]]:
     splits: dict[str, list[Spec]] = {"all": [], "train": [], "test": []}
     for kind, specs in _grammar().items():
@@ -134,26 +130,10 @@ def _splits() -> dict[str, list[Spec]]:
     return splits
 
 
-def all_specs() -> list[Spec]:
-    """Every sentence of the grammar."""
-    return list(_splits()["all"])
-
-
-def split(name: str) -> list[Spec]:
-    """The specs of "train" or "test": fixed lists, every kind in both, no combination of "test" in "train"."""
-    if name not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {name!r}")
-    return list(_splits()[name])
-
-
-def random_spec(rng: np.random.Generator, split: str = "train", weights: dict[str, float] | None = None) -> Spec:
-    """One spec: the kind by `weights` (default: uniform over the kinds), then uniform within the kind."""
-    return pick(rng, _by_kind(split), weights)
-
-
-@cache
-def _by_kind(name: str) -> dict[str, list[Spec]]:
-    return {kind: [s for s in split(name) if s["kind"] == kind] for kind in KINDS}
+#: Words that may stand for one another.
+_ALIKE = (tuple(COLORS), SHAPES, tuple(DIRECTIONS), tuple(SPEEDS), SIZES)
+GRAMMAR = Grammar(KINDS, _splits, _ALIKE)
+all_specs, split, random_spec, neighbours = GRAMMAR.all_specs, GRAMMAR.split, GRAMMAR.random_spec, GRAMMAR.neighbours
 
 
 # ------------------------------------------------------------------------------------------------ clips

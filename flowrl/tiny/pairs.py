@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,34 +19,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .render import render_batch
-from .scenes import COLORS, KINDS, NUMBERS, RELATIONS, SHAPES, Scene, Spec, all_specs, plural, random_spec, sample_scene, split
+from .scenes import COLORS, KINDS, RELATIONS, SHAPES, Scene, Spec, neighbours, random_spec, sample_scene, split
 from .verify import MIN_COSINE, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: Words that may stand for one another.
-_ALIKE = (tuple(COLORS), SHAPES, tuple(map(plural, SHAPES)), tuple(NUMBERS.values()), ("left", "right"), ("above", "below"))
-
-
-@cache
-def _by_prompt() -> dict[str, Spec]:
-    return {spec["prompt"]: spec for spec in all_specs()}
-
-
-@cache
-def _neighbours(prompt: str) -> tuple[str, ...]:
-    words, found = prompt.split(), []
-    for i, word in enumerate(words):
-        others = next((group for group in _ALIKE if word in group), ())
-        found += [" ".join([*words[:i], other, *words[i + 1 :]]) for other in others if other != word]
-    return tuple(other for other in found if other in _by_prompt())
-
-
-def neighbours(spec: Spec, but: str | None = "test") -> list[Spec]:
-    """The captions of the grammar that differ from this one in one word, without those of the split `but`."""
-    left_out = {s["prompt"] for s in split(but)} if but else set()
-    return [_by_prompt()[other] for other in _neighbours(spec["prompt"]) if other not in left_out]
 
 
 def agreement(scenes: Sequence[Scene], specs: Sequence[Spec]) -> np.ndarray:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations, permutations, product
-from typing import Any
 
 import numpy as np
+
+from .grammar import Grammar, Spec
 
 SIZE = 64  #: Pictures are SIZE x SIZE pixels.
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -47,8 +47,6 @@ TEST_PER_KIND = 20
 COLOR_ATTR_TRAIN = 240  #: Of the 900 bindings, so that most are never seen.
 _SIZES = {1: (20, 28), 2: (18, 24), 3: (16, 21), 4: (15, 18)}  # objects in the scene -> box side, pixels
 _GAP, _MARGIN = 4.0, 2.0  # pixels between two boxes, and between a box and the border
-
-Spec = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,6 @@ def _grammar() -> dict[str, list[list[Spec]]]:
     return dict(zip(KINDS, (singles, two, counting, colors, position, color_attr), strict=True))
 
 
-@cache
 def _splits() -> dict[str, list[Spec]]:
     splits: dict[str, list[Spec]] = {"all": [], "train": [], "test": []}
     for kind, groups in _grammar().items():
@@ -120,34 +117,10 @@ def _splits() -> dict[str, list[Spec]]:
     return splits
 
 
-def all_specs() -> list[Spec]:
-    """Every sentence of the grammar (1,350 specs); `split` hands out subsets of it."""
-    return list(_splits()["all"])
-
-
-def split(name: str) -> list[Spec]:
-    """The specs of "train" or "test": fixed lists, every kind in both, no combination of "test" in "train"."""
-    if name not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {name!r}")
-    return list(_splits()[name])
-
-
-@cache
-def _by_kind(name: str) -> dict[str, list[Spec]]:
-    return {kind: [s for s in split(name) if s["kind"] == kind] for kind in KINDS}
-
-
-def random_spec(rng: np.random.Generator, split: str = "train", weights: dict[str, float] | None = None) -> Spec:
-    """One spec: the kind by `weights` (default: uniform over the six kinds), then uniform within the kind."""
-    return pick(rng, _by_kind(split), weights)
-
-
-def pick(rng: np.random.Generator, by_kind: dict[str, list[Spec]], weights: dict[str, float] | None) -> Spec:
-    """One of the specs of each kind: the kind by `weights` (default: uniform), then uniform within the kind."""
-    kinds = list(by_kind)
-    w = np.array([1.0 if weights is None else weights.get(kind, 0.0) for kind in kinds])
-    specs = by_kind[kinds[rng.choice(len(kinds), p=w / w.sum())]]
-    return specs[rng.integers(len(specs))]
+#: Words that may stand for one another.
+_ALIKE = (tuple(COLORS), SHAPES, tuple(map(plural, SHAPES)), tuple(NUMBERS.values()), ("left", "right"), ("above", "below"))
+GRAMMAR = Grammar(KINDS, _splits, _ALIKE)
+all_specs, split, random_spec, neighbours = GRAMMAR.all_specs, GRAMMAR.split, GRAMMAR.random_spec, GRAMMAR.neighbours
 
 
 def sample_scene(spec: Spec, rng: np.random.Generator) -> Scene:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +31,18 @@ from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, prin
 from flowrl.train.rewards import find_task
 from flowrl.train.rewards.recipe import RewardRecipe, load_reward_recipe
 
-__all__ = ["RewardRecipe", "RewardTrainer", "Score", "Task", "load_reward_recipe", "load_task", "picks", "positions", "seeds"]
+__all__ = [
+    "RewardRecipe",
+    "RewardTrainer",
+    "Score",
+    "Task",
+    "held_out_prompts",
+    "load_reward_recipe",
+    "load_task",
+    "picks",
+    "positions",
+    "seeds",
+]
 
 
 class Score(NamedTuple):
@@ -101,6 +112,15 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 def seeds(recipe: RewardRecipe, step: int) -> list[int]:
     """One seed for each example of this process at a step, whatever the number of processes."""
     return [sample_seed(recipe.seed, step, place) for place in positions(recipe)]
+
+
+def held_out_prompts(prompts: Iterable[str], share: float, seed: int, data: str) -> set[str]:
+    """A random `share` of the distinct prompts, rounded up. Raises ValueError, which names `data`, where none would be left."""
+    distinct = sorted(set(prompts))
+    count = math.ceil(share * len(distinct))
+    if count == len(distinct):
+        raise ValueError(f"{data} has one prompt only: name held-out data in task.eval_data")
+    return {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:count]}
 
 
 # ------------------------------------------------------------------------------------------------ the loop

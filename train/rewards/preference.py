@@ -23,7 +23,7 @@ from flowrl.reward_models.backbones import ClipBackbone, Resize, resized
 from flowrl.reward_models.base import place_of
 from flowrl.reward_models.preference_network import Head, PreferenceNetwork
 from flowrl.train.rewards import losses
-from flowrl.train.rewards.loop import RewardRecipe, Score, picks
+from flowrl.train.rewards.loop import RewardRecipe, Score, held_out_prompts, picks
 
 Example = PreferencePair | RankedList
 
@@ -113,11 +113,7 @@ class Preference:
         everything = read(self.data)
         if self.eval_data:
             return everything, read(self.eval_data)
-        prompts = sorted({example.prompt for example in everything})
-        count = math.ceil(self.eval_share * len(prompts))
-        if count == len(prompts):
-            raise ValueError(f"{self.data} has one prompt only: name held-out data in task.eval_data")
-        held = {prompts[i] for i in np.random.default_rng(self.recipe.seed).permutation(len(prompts))[:count]}
+        held = held_out_prompts((example.prompt for example in everything), self.eval_share, self.recipe.seed, self.data)
         return [e for e in everything if e.prompt not in held], [e for e in everything if e.prompt in held]
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from flowrl.reward_models import EMBEDDED
 from flowrl.reward_models.features import load_backbone
 from flowrl.reward_models.gaussians import frechet_distance, moments
 from flowrl.reward_models.transport import TransportMap, network
-from flowrl.tiny import random_spec, render, sample_scene
+from flowrl.tiny import Spec, render, sample_scene
+from flowrl.tiny.scenes import GRAMMAR
 from flowrl.train.rewards.loop import RewardRecipe, Score, picks
 
 
@@ -42,6 +43,10 @@ class Game(nn.Module):
 @dataclass
 class Transport:
     """Options of the task `transport`."""
+
+    grammar: ClassVar = GRAMMAR
+    column: ClassVar = "image"
+    wanted: ClassVar = 'an "image", the path of a picture'
 
     kind: Literal["mean_shift", "gaussian", "neural"] = "gaussian"  #: neural: gaussian plus what a network learns.
     pairs: str = "tiny"  #: `tiny` draws scenes; else a .jsonl file of {"prompt": ..., "image": path}, relative to the file.
@@ -76,16 +81,22 @@ class Transport:
         return load_backbone(self.backbone)
 
     def _drawn(self, count: int, split: str, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        specs = [random_spec(rng, split) for _ in range(count)]
+        specs = [self.grammar.random_spec(rng, split) for _ in range(count)]
         prompts = [spec["prompt"] for spec in specs]
-        return self._embedded((torch.from_numpy(render(sample_scene(spec, rng), rng)) for spec in specs), prompts)
+        return self._embedded((torch.from_numpy(self._draw(spec, rng)) for spec in specs), prompts)
+
+    def _draw(self, spec: Spec, rng: np.random.Generator) -> np.ndarray:
+        return render(sample_scene(spec, rng), rng)
 
     def _read(self) -> tuple[Tensor, Tensor, list[str]]:
         rows = load_prompts(self.pairs)
-        if not all(isinstance(row.columns.get("image"), str) for row in rows):
-            raise ConfigError(f'task.pairs={self.pairs}: every line wants an "image", the path of a picture')
-        files = [Path(self.pairs).parent / row.columns["image"] for row in rows]
-        return self._embedded((load_picture(file) for file in files), [row.text for row in rows])
+        if not all(isinstance(row.columns.get(self.column), str) for row in rows):
+            raise ConfigError(f"task.pairs={self.pairs}: every line wants {self.wanted}")
+        files = [Path(self.pairs).parent / row.columns[self.column] for row in rows]
+        return self._embedded((self._load(file) for file in files), [row.text for row in rows])
+
+    def _load(self, file: Path) -> Tensor:
+        return load_picture(file)
 
     @torch.no_grad()
     def _embedded(self, images: Any, prompts: list[str]) -> tuple[Tensor, Tensor, list[str]]:

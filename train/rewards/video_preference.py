@@ -30,7 +30,7 @@ from flowrl.reward_models.weights import unreachable
 from flowrl.tiny.clip_pairs import flawed_pair
 from flowrl.tiny.moves import FPS, FRAMES, SIDE, all_specs
 from flowrl.train.rewards import losses
-from flowrl.train.rewards.loop import RewardRecipe, Score, picks, seeds
+from flowrl.train.rewards.loop import RewardRecipe, Score, held_out_prompts, picks, seeds
 
 #: What the thumbnail is asked.
 SHORT = "Visual Quality: <|VQ_reward|> Motion Quality: <|MQ_reward|> {text_prompt} Text Alignment: <|TA_reward|>"
@@ -186,11 +186,7 @@ class VideoPreference:
         everything = load_clip_pairs(self.data, HEADS)
         if self.eval_data:
             return everything, load_clip_pairs(self.eval_data, HEADS)
-        prompts = sorted({pair.prompt for pair in everything})
-        count = math.ceil(self.eval_share * len(prompts))
-        if count == len(prompts):
-            raise ValueError(f"{self.data} has one prompt only: name held-out data in task.eval_data")
-        held = {prompts[i] for i in np.random.default_rng(self.recipe.seed).permutation(len(prompts))[:count]}
+        held = held_out_prompts((pair.prompt for pair in everything), self.eval_share, self.recipe.seed, self.data)
         return [p for p in everything if p.prompt not in held], [p for p in everything if p.prompt in held]
 
     def batch(self, step: int) -> list[ClipPair]:
