@@ -6,52 +6,44 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowrl.batch import Prompt
 from flowrl.evaluate import Evaluation
 from flowrl.layouts.base import Layout, Results, Row, file_name, placing, score_of
 
-#: The prompt suite, and so the folder, of each dimension.
-SUITES = {
-    "subject_consistency": "subject_consistency",
-    "background_consistency": "scene",
-    "temporal_flickering": "temporal_flickering",
-    "motion_smoothness": "subject_consistency",
-    "dynamic_degree": "subject_consistency",
-    "aesthetic_quality": "overall_consistency",
-    "imaging_quality": "overall_consistency",
-    "object_class": "object_class",
-    "multiple_objects": "multiple_objects",
-    "human_action": "human_action",
-    "color": "color",
-    "spatial_relationship": "spatial_relationship",
-    "scene": "scene",
-    "appearance_style": "appearance_style",
-    "temporal_style": "temporal_style",
-    "overall_consistency": "overall_consistency",
-}
-#: Weight, and the values that count as 0 and as 1, of the dimensions of quality and of meaning in the total score.
+
+class Dimension(NamedTuple):
+    """Weight in its score; the values that count as 0 and as 1; the prompt suite, and so the folder, where it is another's."""
+
+    weight: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    suite: str = ""
+
+
+#: The dimensions of quality and of meaning.
 QUALITY = {
-    "subject_consistency": (1.0, 0.1462, 1.0),
-    "background_consistency": (1.0, 0.2615, 1.0),
-    "temporal_flickering": (1.0, 0.6293, 1.0),
-    "motion_smoothness": (1.0, 0.706, 0.9975),
-    "aesthetic_quality": (1.0, 0.0, 1.0),
-    "imaging_quality": (1.0, 0.0, 1.0),
-    "dynamic_degree": (0.5, 0.0, 1.0),
+    "subject_consistency": Dimension(low=0.1462),
+    "background_consistency": Dimension(low=0.2615, suite="scene"),
+    "temporal_flickering": Dimension(low=0.6293),
+    "motion_smoothness": Dimension(low=0.706, high=0.9975, suite="subject_consistency"),
+    "aesthetic_quality": Dimension(suite="overall_consistency"),
+    "imaging_quality": Dimension(suite="overall_consistency"),
+    "dynamic_degree": Dimension(weight=0.5, suite="subject_consistency"),
 }
 SEMANTIC = {
-    "object_class": (1.0, 0.0, 1.0),
-    "multiple_objects": (1.0, 0.0, 1.0),
-    "human_action": (1.0, 0.0, 1.0),
-    "color": (1.0, 0.0, 1.0),
-    "spatial_relationship": (1.0, 0.0, 1.0),
-    "scene": (1.0, 0.0, 0.8222),
-    "appearance_style": (1.0, 0.0009, 0.2855),
-    "temporal_style": (1.0, 0.0, 0.364),
-    "overall_consistency": (1.0, 0.0, 0.364),
+    "object_class": Dimension(),
+    "multiple_objects": Dimension(),
+    "human_action": Dimension(),
+    "color": Dimension(),
+    "spatial_relationship": Dimension(),
+    "scene": Dimension(high=0.8222),
+    "appearance_style": Dimension(low=0.0009, high=0.2855),
+    "temporal_style": Dimension(high=0.364),
+    "overall_consistency": Dimension(high=0.364),
 }
+SUITES = {name: dimension.suite or name for name, dimension in {**QUALITY, **SEMANTIC}.items()}
 
 
 class VBench(Layout):
@@ -158,9 +150,9 @@ def totals(values: dict[str, float]) -> dict[str, float]:
     if not set(SUITES) <= set(values):
         return {}
 
-    def weighted(dimensions: dict[str, tuple[float, float, float]]) -> float:
-        parts = [weight * (values[name] - low) / (high - low) for name, (weight, low, high) in dimensions.items()]
-        return sum(parts) / sum(weight for weight, _, _ in dimensions.values())
+    def weighted(dimensions: dict[str, Dimension]) -> float:
+        parts = [d.weight * (values[name] - d.low) / (d.high - d.low) for name, d in dimensions.items()]
+        return sum(parts) / sum(d.weight for d in dimensions.values())
 
     quality, semantic = weighted(QUALITY), weighted(SEMANTIC)
     return {"quality score": quality, "semantic score": semantic, "total score": (4 * quality + semantic) / 5}
