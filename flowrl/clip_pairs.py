@@ -10,7 +10,6 @@ folder of frames. Frame rates are those of the row, else those that the clip say
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from flowrl.data import json_rows, read_text
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 ANIMATED = (".png", ".apng", ".webp", ".gif")
@@ -128,10 +129,7 @@ def _video(file: Path) -> tuple[list[np.ndarray], float | None]:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    text = read_text(path)
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines(keepends=True))
         for row in reader:
@@ -139,16 +137,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         return
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{path}: preferences of clips are .csv or .jsonl")
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: wants an object")
-            yield row, where
+    yield from json_rows(text, path)
 
 
 def _pair(row: dict[str, Any], folder: Path, where: str, respects: Sequence[str]) -> ClipPair:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,7 @@ def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
     path = Path(str(files("flowrl.assets")), "prompts", f"{source}.jsonl") if embedded else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path} (embedded sets: {', '.join(EMBEDDED)})")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # splitlines() would cut at U+2028, which JSON allows inside text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    lines = read_text(path).split("\n")  # splitlines() would cut at U+2028, which JSON allows inside text
     read = _from_json if path.suffix in (".jsonl", ".json") else lambda line, where: Prompt(line.strip())
     prompts = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
@@ -44,13 +40,37 @@ def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
 
 
 def _from_json(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    row = parsed(line, where)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{where}: wants an object with a string "prompt", like {{"prompt": "a red circle"}}')
     return Prompt(row.pop("prompt"), row)
+
+
+def read_text(path: Path) -> str:
+    """What a file says, without a byte order mark. Raises ValueError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def parsed(line: str, where: str) -> Any:
+    """A line of JSON. Raises ValueError that says where it is."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+
+
+def json_rows(text: str, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of JSON lines, each with its place for errors. Raises ValueError for what is none."""
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028, which JSON allows inside text
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = parsed(line, where)
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: wants an object")
+            yield row, where
 
 
 def prompt_order(num_prompts: int, count: int, step: int, seed: int) -> list[int]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from flowrl.data import json_rows, read_text
 
 #: Where a picture is: a file, its encoded bytes, or pixels (3, H, W) as uint8 or as floats in [0, 1].
 Source = Path | bytes | Tensor
@@ -157,21 +158,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         return
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{path}: preference data is .jsonl, .parquet or a folder")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: wants an object")
-        yield row, where
+    yield from json_rows(read_text(path), path)
 
 
 def _item(row: dict[str, Any], folder: Path, where: str) -> Item:
