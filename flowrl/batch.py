@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -23,6 +24,13 @@ class Prompt:
 
     text: str
     columns: dict[str, Any] = field(default_factory=dict)
+    #: File and line that it came from; files that its columns name lie relative to it.
+    place: tuple[Path, int] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def where(self) -> str:
+        """The prompt as an error names it."""
+        return repr(self.text) if self.place is None else f"{self.place[0]}, line {self.place[1]}"
 
 
 @dataclass
@@ -229,10 +237,39 @@ def _places(keys: Sequence[Hashable]) -> list[Tensor]:
     return [torch.tensor(indices) for indices in places.values()]
 
 
+def merged(parts: Sequence[Samples], rows: Sequence[Sequence[int]]) -> Samples:
+    """Samples that were drawn apart as one batch, with their steps, which are at the same places of the schedule.
+
+    rows: for each part, where its samples belong.
+    """
+    order = torch.tensor([row for part in rows for row in part]).argsort()
+    known: dict[tuple[int, ...], Tensor] = {}
+
+    def joined(tensors: Sequence[Any]) -> Any:
+        """One tensor of several; what steps share they go on sharing."""
+        if tensors[0] is None:
+            return None
+        key = tuple(map(id, tensors))
+        if key not in known:
+            known[key] = torch.cat(list(tensors))[order.to(tensors[0].device)]
+        return known[key]
+
+    kept = ("native", "native_next", "log_prob", "v", "group", "process")
+    steps = [
+        replace(same[0], **{name: joined([getattr(step, name) for step in same]) for name in kept})
+        for same in zip(*(part.steps for part in parts), strict=True)
+    ]
+    whole = concatenate(list(parts)).select(order)
+    whole.steps = steps
+    return whole
+
+
 def concatenate(parts: list[Samples]) -> Samples:
     """Several batches as one, without their recorded steps (those stay in the batches that the update replays)."""
     images = [part.images for part in parts if part.images is not None]
     references = [part.references for part in parts if part.references is not None]
+    if len(images) == len(parts):
+        check_alike([part[0] for part in images], [repr(part.texts[0]) for part in parts])
     starts = [part.start for part in parts if part.start is not None]
     return Samples(
         prompts=[prompt for part in parts for prompt in part.prompts],
@@ -244,6 +281,24 @@ def concatenate(parts: list[Samples]) -> Samples:
         fps=parts[0].fps,
         start=torch.cat(starts) if len(starts) == len(parts) else None,
     )
+
+
+def stacked(pictures: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """Pictures (N, 3, H, W) or clips (N, F, 3, H, W) of single ones. Raises as `check_alike`."""
+    check_alike(pictures, names)
+    return torch.stack(list(pictures))
+
+
+def check_alike(pictures: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError where pictures (3, H, W) or clips (F, 3, H, W) differ in length or size; it names the first two."""
+    first = pictures[0].shape
+    for picture, name in zip(pictures, names, strict=True):
+        if picture.shape == first:
+            continue
+        lengths = [f"{shape[0]} frames" if len(shape) == 4 else "one picture" for shape in (first, picture.shape)]
+        sizes = [f"{shape[-1]} x {shape[-2]} pixels" for shape in (first, picture.shape)]
+        what, (ours, theirs) = ("lengths", lengths) if lengths[0] != lengths[1] else ("sizes", sizes)
+        raise ValueError(f"clips or pictures of different {what} in one batch: {names[0]} has {ours}, {name} has {theirs}")
 
 
 @dataclass

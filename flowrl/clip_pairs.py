@@ -16,15 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from flowrl.clips import read_clip
 from flowrl.data import json_rows, read_text
-
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-ANIMATED = (".png", ".apng", ".webp", ".gif")
-FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 #: Where a clip is: a path, or its frames (F, 3, H, W) as uint8 or as floats in [0, 1].
 ClipSource = Path | Tensor
@@ -64,65 +60,8 @@ def load_clip(source: ClipSource) -> tuple[Tensor, float | None]:
     """Frames (F, 3, H, W), fp32 in [0, 1], and frames per second where the clip says. Raises ValueError when it is none."""
     if isinstance(source, Tensor):
         return (source.float() / 255 if source.dtype == torch.uint8 else source.float()), None
-    if not source.exists():
-        raise FileNotFoundError(f"there is no clip {source}")
-    if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.suffix.lower() in FRAMES)
-        pictures, rate = [_pixels(file) for file in files], None
-    elif source.suffix.lower() in VIDEOS:
-        pictures, rate = _video(source)
-    elif source.suffix.lower() in ANIMATED:
-        pictures, rate = _animated(source)
-    else:
-        raise ValueError(f"{source}: a clip is a video, an animated {', '.join(ANIMATED)}, or a folder of frames")
-    if not pictures:
-        raise ValueError(f"{source} has no frames")
-    if len({picture.shape for picture in pictures}) > 1:
-        raise ValueError(f"{source}: its frames have different sizes")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255, rate
-
-
-def _pixels(file: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} is no picture: {error}") from None
-
-
-def _animated(file: Path) -> tuple[list[np.ndarray], float | None]:
-    """Every frame as often as it is shown, in units of the shortest: equal neighbours are stored as one."""
-    from PIL import Image, ImageSequence
-
-    try:
-        with Image.open(file) as image:
-            frames, durations = [], []
-            for frame in ImageSequence.Iterator(image):
-                frames.append(np.asarray(frame.convert("RGB")))
-                durations.append(float(frame.info.get("duration") or 0))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} is no clip: {error}") from None
-    if min(durations) <= 0:
-        return frames, None
-    unit = min(durations)
-    shown = [frame for frame, duration in zip(frames, durations, strict=True) for _ in range(round(duration / unit))]
-    return shown, 1000 / unit
-
-
-def _video(file: Path) -> tuple[list[np.ndarray], float | None]:
-    try:
-        import av
-    except ImportError:
-        raise ValueError(f"{file}: reading videos wants PyAV (pip install flowrl-diffusion[video])") from None
-    try:
-        with av.open(str(file)) as container:
-            stream = container.streams.video[0]
-            rate = stream.average_rate
-            return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)], float(rate) if rate else None
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{file} is no video: {error}") from None
+    pixels, rate = read_clip(source)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, rate
 
 
 # ------------------------------------------------------------------------------------------------ rows

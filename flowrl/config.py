@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
+from flowrl.clips import check_rate
+
 T = TypeVar("T")
 
 
@@ -54,6 +56,11 @@ class Recipe:
         None, "One of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    decode_context: int | None = option(
+        None,
+        "Where the gradient of a reward on some frames of a clip (objective.frames) goes back through a causal autoencoder: this "
+        "many latent frames before each. All by default, which is exact; 0 takes the least memory.",
+    )
 
     # -- what it is trained on
     prompts: str = option("tiny-train", "Prompt file (.txt or .jsonl) or embedded set.")
@@ -104,7 +111,10 @@ class Recipe:
     )
     height: int | None = option(None, "Height in pixels; the model's default when unset.")
     width: int | None = option(None, "Width in pixels; the model's default when unset.")
-    num_frames: int | None = option(None, "Frames of a clip, for video models.")
+    num_frames: int | None = option(None, "Frames of a clip, for video models: 4 k + 1 for Wan, whose autoencoder wants that.")
+    fps: float | None = option(
+        None, "Frames per second of clips, which rewards of motion read; the model's own when unset (Wan 16, tiny-wan 8)."
+    )
     call: dict[str, Any] = option({}, "Further arguments of the pipeline's call (negative_prompt, max_sequence_length, ...).")
     branches: list[int] = option(
         [],
@@ -187,6 +197,9 @@ class Recipe:
     checkpointing_steps: int = option(50, "Steps between checkpoints; 0 keeps only the last state.")
     checkpoints_total_limit: int = option(2, "Checkpoints kept.")
     samples_steps: int = option(10, "Steps between sample pictures on disk; 0 for none.")
+    clip_format: Literal["webp", "mp4"] = option(
+        "webp", "How clips are saved: animated WebP (without loss up to 128 pixels), or mp4, which wants PyAV."
+    )
     eval_steps: int = option(0, "Steps between evaluations; 0 for none.")
     eval_num_inference_steps: int = option(20, "Denoising steps of an evaluation, always by the ODE.")
     eval_seeds: int = option(1, "Samples per prompt in an evaluation.")
@@ -223,6 +236,13 @@ class Recipe:
         for name in ("model", "prompts", "output_dir"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} is empty")
+        if self.fps is not None:
+            try:
+                check_rate(self.fps)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        if self.decode_context is not None and self.decode_context < 0:
+            raise ConfigError(f"decode_context={self.decode_context}: must not be negative")
         if self.num_generations < 2:
             raise ConfigError(
                 f"num_generations={self.num_generations}: a group of one has no advantage; use at least 2, better 8 to 24"

@@ -32,18 +32,19 @@ def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path} (embedded sets: {', '.join(EMBEDDED)})")
     lines = read_text(path).split("\n")  # splitlines() would cut at U+2028, which JSON allows inside text
-    read = _from_json if path.suffix in (".jsonl", ".json") else lambda line, where: Prompt(line.strip())
-    prompts = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    read = _from_json if path.suffix in (".jsonl", ".json") else lambda line, place: Prompt(line.strip(), place=place)
+    prompts = [read(line, (path, number)) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no prompts in it")
     return prompts
 
 
-def _from_json(line: str, where: str) -> Prompt:
+def _from_json(line: str, place: tuple[Path, int]) -> Prompt:
+    where = f"{place[0]}, line {place[1]}"
     row = parsed(line, where)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{where}: wants an object with a string "prompt", like {{"prompt": "a red circle"}}')
-    return Prompt(row.pop("prompt"), row)
+    return Prompt(row.pop("prompt"), row, place)
 
 
 def read_text(path: Path) -> str:

@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
 from flowrl.config import ConfigError
 from flowrl.evaluate import Evaluation, finite, score_all, seeds_of
-from flowrl.pictures import read_facts, read_frames
+from flowrl.pairs import load_batch
+from flowrl.pictures import read_facts
 from flowrl.protocol import Protocol
 from flowrl.reward_models.base import Reward, traits_of
 from flowrl.sample import Item, Settings, draw, is_drawn, made, plan, write_table
@@ -142,14 +141,6 @@ def check_pictures_suffice(rewards: dict[str, Reward]) -> None:
 
 def stored(prompts: Sequence[Prompt], seeds: Sequence[int], files: Sequence[Path], device: str = "cpu") -> Samples:
     """Samples from files of `flowrl sample`, pictures or clips."""
-    pictures = [as_tensor(read_frames(file, read_facts(file)["resolved"].get("num_frames"))) for file in files]
-    return Samples(
-        list(prompts), list(seeds), torch.arange(len(files)), torch.zeros(len(files), 0), torch.stack(pictures).to(device)
-    )
-
-
-def as_tensor(picture: Any) -> Tensor:
-    """A picture (3, H, W), or a clip's frames (F, 3, H, W), in [0, 1]."""
-    if isinstance(picture, list):
-        return torch.stack([as_tensor(frame) for frame in picture])
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    images, fps = load_batch(files)
+    nothing = torch.zeros(len(files), 0)
+    return Samples(list(prompts), list(seeds), torch.arange(len(files)), nothing, images.to(device), fps=fps)

@@ -26,6 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowrl.batch import stacked
+from flowrl.clip_pairs import load_clip
+from flowrl.clips import is_clip
 from flowrl.data import json_rows, read_text
 
 #: Where a picture is: a file, its encoded bytes, or pixels (3, H, W) as uint8 or as floats in [0, 1].
@@ -93,6 +96,27 @@ def load_pairs(source: str | Path, reward: str | None = None, gap: float = 0.0) 
     for item in _read(Path(source), reward, gap):
         pairs += item.pairs if isinstance(item, RankedList) else [item]
     return pairs
+
+
+def load_shown(file: Path) -> tuple[Tensor, float | None]:
+    """A picture (3, H, W), or a clip (F, 3, H, W) with its frames per second, fp32 in [0, 1]. Raises as `load_picture`."""
+    return load_clip(file) if is_clip(file) else (load_picture(file), None)
+
+
+def load_batch(files: Sequence[Path]) -> tuple[Tensor, float | None]:
+    """Pictures (N, 3, H, W), or clips (N, F, 3, H, W) with their frames per second, fp32 in [0, 1].
+
+    Raises ValueError where they differ in size, in length or in rate, and as `load_picture`.
+    """
+    shown = [load_shown(file) for file in files]
+    images = stacked([image for image, _ in shown], [str(file) for file in files])
+    rates = [rate for _, rate in shown]
+    if odd := next((i for i, rate in enumerate(rates) if rate != rates[0]), None):
+        raise ValueError(
+            f"clips of different rates in one batch: {files[0]} has {rates[0] or 'no known number of'} frames per second, "
+            f"{files[odd]} has {rates[odd] or 'no known number'}"
+        )
+    return images, rates[0]
 
 
 def load_picture(source: Source) -> Tensor:

@@ -1,7 +1,7 @@
 """Pictures as files: names that mean something, the settings inside the file, and the labelled contact sheet.
 
 stem = file_stem("a red circle", seed=3)                          # "a-red-circle-a1e4a280d2-s3", on every machine
-picture_bytes(image, {"parameters": text, "flowrl": json})        # PNG with text chunks; a clip becomes an animated PNG
+picture_bytes(image, {"parameters": text, "flowrl": json})        # PNG with text chunks (clips: `flowrl.clips`)
 read_facts("samples/tiny-sd3/a-red-circle-a1e4a280d2-s3.png")     # what drew it
 contact_sheet(["a red circle"], [("tiny-sd3", "seed 3")], [[Cell(image)]]).save("grid.png")
 """
@@ -21,11 +21,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageSequence, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-FACTS = "flowrl"  #: The text chunk that holds everything, as JSON.
-PARAMETERS = "parameters"  #: The text chunk that other tools read.
-FRAME_MS = 62  #: How long a clip shows a frame unless its pipeline says otherwise: 16 frames per second.
+from flowrl.clips import FACTS, VIDEOS, is_clip, read_clip, texts_of, video_library
 
 # ------------------------------------------------------------------------------------------------ names
 
@@ -49,43 +47,36 @@ def file_stem(prompt: str, seed: int, repeat: int = 0) -> str:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def picture_bytes(picture: Image.Image | Sequence[Image.Image], texts: dict[str, str], frame_ms: float = FRAME_MS) -> bytes:
-    """A PNG file with text chunks; a clip's frames become an animated PNG, lossless, whose first frame any viewer shows."""
+def picture_bytes(picture: Image.Image, texts: dict[str, str]) -> bytes:
+    """A PNG file with text chunks."""
     info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         info.add_text(name, text)  # Latin-1 as tEXt, anything else as iTXt
     buffer = io.BytesIO()
-    if isinstance(picture, Image.Image):
-        picture.save(buffer, "PNG", pnginfo=info)
-    else:
-        first, *rest = picture
-        first.save(buffer, "PNG", pnginfo=info, save_all=True, append_images=rest, duration=frame_ms, loop=0)
+    picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """What drew a picture, from inside it. Raises FileNotFoundError, or ValueError where there is nothing to read."""
+    """What drew a picture or clip, from inside it. Raises FileNotFoundError, or ValueError where there is nothing to read."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no picture at {path}")
+    if Path(path).suffix.lower() in VIDEOS:
+        video_library(f"{path}: reading videos")
     try:
-        with Image.open(path) as image:
-            if FACTS not in image.info:  # where other tools saved it: behind the pixels
-                image.load()
-            facts = json.loads(image.info[FACTS])
-            facts["request"]["prompt"]
-            return facts
-    except (OSError, SyntaxError, KeyError, TypeError, ValueError):
+        facts = json.loads(texts_of(path)[FACTS])
+        facts["request"]["prompt"]
+        return facts
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not a picture of `flowrl sample`, or its text was stripped (no {FACTS} chunk)") from None
 
 
-def read_frames(path: str | Path, count: int | None = None) -> Image.Image | list[Image.Image]:
-    """A picture, or the `count` frames of a clip (an animated PNG shows equal neighbours as one, for longer)."""
+def read_frames(path: str | Path) -> Image.Image | list[Image.Image]:
+    """A picture, or the frames of a clip."""
+    if is_clip(path):
+        return [Image.fromarray(frame) for frame in read_clip(path)[0]]
     with Image.open(path) as image:
-        if count is None:
-            return image.convert("RGB")
-        frames = [(frame.convert("RGB"), float(frame.info.get("duration", 1))) for frame in ImageSequence.Iterator(image)]
-    unit = sum(duration for _, duration in frames) / count
-    return [frame for frame, duration in frames for _ in range(max(1, round(duration / unit)))][:count]
+        return image.convert("RGB")
 
 
 # ------------------------------------------------------------------------------------------------ contact sheet

@@ -3,9 +3,9 @@
     policy = Policy.load("tiny-sd3")
     policy.add_lora(rank=16)
     samples = policy.rollout(["a red circle"] * 8, seeds=range(8), transition=CPS(0.8), stochastic=[2, 3, 4])
-    v = policy.velocity(samples.texts, samples.steps[0])          # with graph, equal to the rollout's
+    v = policy.velocity(samples.prompts, samples.steps[0])          # with graph, equal to the rollout's
     with policy.using("reference"):
-        v_ref = policy.velocity(samples.texts, samples.steps[0])  # adapters off
+        v_ref = policy.velocity(samples.prompts, samples.steps[0])  # adapters off
 
 No pipeline is copied or patched for good: `samplers/scheduler.py` drives the pipeline's own `__call__` through its scheduler.
 """
@@ -16,16 +16,21 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowrl.batch import Prompt, Samples, Step
+from flowrl.batch import Prompt, Samples, Step, merged
+from flowrl.clips import check_rate
+from flowrl.conditions import BLANK, ConditionMemo, by_condition, check_conditions, condition_of, picture_of
 from flowrl.data import generators
+from flowrl.model_facts import DEFAULTS_FILE, ModelFacts, defaults_of
 from flowrl.samplers.scheduler import Decode, Grid, Replay, Rollout, Trunk, Unservable, driven, one_step_scheduler
 from flowrl.samplers.transitions import ODE, Transition
+from flowrl.slices import sliced
 
 #: Models that come with the library, by name.
 EMBEDDED = {"tiny-sd3": "tiny-sd3"}
@@ -34,19 +39,24 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
-DEFAULTS_FILE = "flowrl.json"
 
 
 class Policy:
     """A pipeline as a policy. `call` holds the pipeline's call arguments that rollout, replay and decode share.
 
     pipe: any diffusers pipeline that the seam serves (`Unservable` says why not). Its weights are frozen, in eval mode.
-    autocast: None, or the dtype of the denoiser's autocast (weights keep their own).
+    autocast: None, or the dtype of the denoiser's autocast (weights keep their own). fps: frames per second of its clips, by
+    default what the call says, or what is usual for the pipeline.
     """
 
-    def __init__(self, pipe: Any, call: dict[str, Any] | None = None, autocast: torch.dtype | None = None):
+    def __init__(
+        self, pipe: Any, call: dict[str, Any] | None = None, autocast: torch.dtype | None = None, fps: float | None = None
+    ):
         self.pipe = pipe
         self.call: dict[str, Any] = dict(call or {})
+        self.facts = ModelFacts.of(pipe)
+        if fps is not None:
+            self.set_fps(fps)
         self.autocast_dtype = autocast
         self._raw_call = _undecorated_call(pipe)
         _check_servable(pipe)
@@ -62,6 +72,7 @@ class Policy:
         self.snapshots: dict[str, dict[str, Tensor]] = {}
         self.wearing = "policy"
         self._memo = _PromptMemo(pipe)
+        self._conditions = ConditionMemo(pipe)
         self._grids: dict[str, Grid] = {}
 
     @classmethod
@@ -74,24 +85,26 @@ class Policy:
         autocast: str | None = None,
         device: str | torch.device | None = None,
         attention_backend: str | None = None,
+        fps: float | None = None,
         **call: Any,
     ) -> Policy:
         """Load a pipeline directory, a hub id or an embedded model ("tiny-sd3"), and optionally a LoRA folder on top.
 
-        dtype: of the weights. autocast: "bfloat16" runs the denoiser under autocast. `call` overrides the
-        model's own call defaults (its `flowrl.json`, where there is one). Raises `FileNotFoundError` with the cause.
+        dtype: of the weights. autocast: "bfloat16" runs the denoiser under autocast. `fps` and `call` override the
+        model's own defaults (its `flowrl.json`, where there is one). Raises `FileNotFoundError` with the cause.
         """
         from diffusers import DiffusionPipeline
 
         path = resolve_model(model)
+        defaults, rate = defaults_of(Path(path))
         pipe = DiffusionPipeline.from_pretrained(str(path), dtype=DTYPES[dtype], **_left_out(path))
-        defaults_file = Path(path) / DEFAULTS_FILE
-        defaults = json.loads(defaults_file.read_text())["call"] if defaults_file.is_file() else {}
         if lora is not None:
             pipe.load_lora_weights(str(lora), adapter_name="policy")
         if device is not None:
             pipe.to(device)
-        policy = cls(pipe, {**defaults, **call}, DTYPES[autocast] if autocast else None)
+        policy = cls(pipe, {**defaults, **call}, DTYPES[autocast] if autocast else None, rate)
+        if fps is not None:
+            policy.set_fps(fps)
         policy.has_lora = lora is not None
         if attention_backend is not None:
             policy.set_attention_backend(attention_backend)
@@ -115,6 +128,23 @@ class Policy:
     def call_names(self) -> list[str]:
         """The pipeline's call arguments that a user may set; the others are set by rollout, replay and decode."""
         return sorted(set(self._parameters) - {"self", "prompt", "latents", "generator", "output_type", "return_dict"})
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of its clips; None of pictures, and where nobody says."""
+        return self.facts.fps(self.call)
+
+    def set_fps(self, fps: float) -> None:
+        """Say the frame rate, to the pipeline too where its call has an argument for it. Raises ValueError for what is none."""
+        self.facts = replace(self.facts, rate=check_rate(fps))
+        if self.facts.rate_argument:
+            self.call[self.facts.rate_argument] = int(fps) if float(fps).is_integer() else fps
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of its clips; None of pictures, and where the pipeline decides."""
+        given = self.call.get("num_frames")
+        return self.facts.num_frames if given is None else given
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by a name that is stable over runs."""
@@ -220,9 +250,9 @@ class Policy:
 
     # ---------------------------------------------------------------------------------------- calling the pipeline
 
-    def encode(self, prompts: Iterable[str]) -> None:
+    def encode(self, prompts: Iterable[str | Prompt]) -> None:
         """Encode prompts ahead of time, one by one; after that the text encoders are not called again for them."""
-        for prompt in dict.fromkeys(prompts):
+        for prompt in {item.text: item for item in _items(prompts)}.values():
             self._run([prompt], Decode(self.pipe), generator=generators([0]), output_type="latent")
 
     def rollout(
@@ -245,19 +275,43 @@ class Policy:
     ) -> Samples:
         """Sample one batch without gradient and record the stochastic steps.
 
-        prompts, seeds: B each; a sample depends on its own prompt and seed only. stochastic: indices of the steps that follow
-        `transition`; the others follow the ODE, by `solver` ("euler", or "dpmpp2m" of second order). init_seeds: seeds of the
-        initial noise where they differ (shared inside a group).
+        prompts, seeds: B each; a sample depends on its own prompt and seed only. Prompts that start from different pictures take
+        a call for each. stochastic: indices of the steps that follow `transition`; the others follow the ODE, by `solver`
+        ("euler", or "dpmpp2m" of second order). init_seeds: seeds of the initial noise where they differ (shared inside a group).
         record: steps of the ODE to record too.
         A part of a trajectory: from `latents` (B, ...) at node `start` of the grid, over every `stride`-th node, to `stop`.
         """
-        items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+        items = _items(prompts)
         transition = transition or ODE()
         if stochastic and transition.deterministic:
             raise ValueError(
                 f"{transition} is deterministic: no step can be stochastic; choose FlowSDE, CPS, DanceSDE or DDIM with noise"
             )
         seeds = [int(seed) for seed in seeds]
+        groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
+        if (frames := {**self.call, **call}.get("num_frames")) is not None:
+            self.facts.check_frames(frames)
+        if len(apart := by_condition(items, self.facts)) > 1:
+            parts = [
+                self.rollout(
+                    [items[i] for i in rows],
+                    [seeds[i] for i in rows],
+                    transition=transition,
+                    stochastic=stochastic,
+                    init_seeds=None if init_seeds is None else [init_seeds[i] for i in rows],
+                    group=groups[rows],
+                    keep_velocity=keep_velocity,
+                    latents=None if latents is None else latents[rows],
+                    start=start,
+                    stop=stop,
+                    stride=stride,
+                    solver=solver,
+                    record=record,
+                    **call,
+                )
+                for rows in apart
+            ]
+            return merged(parts, apart)
         rngs = generators(seeds, offset=1)
         drive = Rollout(self.pipe, transition, list(stochastic), rngs, keep_velocity, start, stop, stride, solver, record)
         partial = latents is not None or stop is not None
@@ -272,18 +326,11 @@ class Policy:
 
             call = {**call, "callback_on_step_end": keep_latents}
         with torch.no_grad():
-            self._run(
-                [item.text for item in items],
-                drive,
-                latents,
-                generator=generators(init_seeds or seeds),
-                output_type="latent",
-                **call,
-            )
-        groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
+            self._run(items, drive, latents, generator=generators(init_seeds or seeds), output_type="latent", **call)
         result = final[0] if final else drive.latents
         assert result is not None
-        return Samples(prompts=items, seeds=seeds, group=groups, latents=result, steps=drive.steps)
+        fps = self.facts.fps({**self.call, **call})
+        return Samples(prompts=items, seeds=seeds, group=groups, latents=result, steps=drive.steps, fps=fps)
 
     def trunk(
         self,
@@ -299,60 +346,84 @@ class Policy:
 
         From the noise of `init_seeds`, or from `latents` at node `start`. Where branches part (`flowrl.samplers.branching`).
         """
-        drive = Trunk(self.pipe, start, node, solver)
-        with torch.no_grad():
-            texts = [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
-            self._run(texts, drive, latents, generator=generators(init_seeds), output_type="latent", **call)
-        return drive.native, drive.velocity, drive.grid
+        items, grids = _items(prompts), []
 
-    def velocity(self, prompts: Sequence[str], at: Step | Tensor, t: Tensor | None = None, **call: Any) -> Tensor:
+        def run(rows: list[int]) -> tuple[Tensor, Tensor]:
+            drive = Trunk(self.pipe, start, node, solver)
+            rngs, state = generators([init_seeds[i] for i in rows]), None if latents is None else _rows(latents, rows)
+            with torch.no_grad():
+                self._run([items[i] for i in rows], drive, state, generator=rngs, output_type="latent", **call)
+            grids.append(drive.grid)
+            return drive.native, drive.velocity
+
+        native, velocity = self._apart(items, run)
+        return native, velocity, grids[0]
+
+    def velocity(self, prompts: Sequence[str | Prompt], at: Step | Tensor, t: Tensor | None = None, **call: Any) -> Tensor:
         """The velocity v = eps - x0, (B, ...), with graph where gradients are enabled.
 
         at: a recorded step (bit-equal to the rollout's v for the same batch; states that several samples share are evaluated
         once), or a state in flow coordinates (B, ...) with its times t (B,) in (0, 1].
         """
+        items = _items(prompts)
         if isinstance(at, Step):
-            drive, native = Replay(self.pipe, index=at.index), at.native
-            prompts = [prompts[b] for b in at.first_samples]
+            native, items = at.native, [items[b] for b in at.first_samples]
         else:
             assert t is not None, "a state needs its times"
-            drive = Replay(self.pipe, t=t)
-            native = self._facts(**call).to_native(at, t, self._state_dtype)
-        self._run(prompts, drive, native, generator=generators([0] * len(prompts)), output_type="latent", **call)
-        if drive.velocity is None:
-            raise Unservable(f"{self.name} did not call its scheduler at the requested step")
-        return at.per_sample(drive.velocity) if isinstance(at, Step) else drive.velocity
+            native = self._grid_of(**call).to_native(at, t, self._state_dtype)
+
+        def run(rows: list[int]) -> tuple[Tensor]:
+            index = at.index if isinstance(at, Step) else None
+            drive = Replay(self.pipe, index, None if t is None or index is not None else _rows(t, rows))
+            rngs, state = generators([0] * len(rows)), _rows(native, rows)
+            self._run([items[i] for i in rows], drive, state, generator=rngs, output_type="latent", **call)
+            if drive.velocity is None:
+                raise Unservable(f"{self.name} did not call its scheduler at the requested step")
+            return (drive.velocity,)
+
+        (v,) = self._apart(items, run)
+        return at.per_sample(v) if isinstance(at, Step) else v
 
     def decode(
         self,
         samples: Samples | Tensor,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Prompt] | None = None,
         batch_size: int = 32,
         with_graph: bool = False,
+        frames: Sequence[int] | None = None,
+        context: int | None = None,
         **call: Any,
     ) -> Tensor:
         """Latents to pictures (N, 3, H, W) or clips (N, F, 3, H, W), fp32 in [0, 1], by the pipeline's own tail.
 
-        with_graph: let the gradient of the pictures reach the latents.
+        with_graph: let the gradient of the pictures reach the latents. frames: only these frames of clips, in this order.
+        context: through how many latent frames before its own a frame's gradient goes back, where the autoencoder decodes one
+        after the other (`flowrl.slices`); None is all, and exact.
         """
         latents = samples.latents if isinstance(samples, Samples) else samples
-        texts = list(samples.texts if isinstance(samples, Samples) else prompts or [""] * len(latents))
-        parts = []
-        with torch.set_grad_enabled(with_graph):
-            for start in range(0, len(latents), batch_size):
-                part = slice(start, start + batch_size)
-                seeds = [0] * len(texts[part])
-                output = self._run(
-                    texts[part],
+        items = samples.prompts if isinstance(samples, Samples) else _items(prompts or [self._blank] * len(latents))
+
+        def run(rows: list[int]) -> tuple[Tensor]:
+            parts = []
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                images = self._run(
+                    [items[i] for i in part],
                     Decode(self.pipe),
-                    latents[part],
-                    generator=generators(seeds),
+                    _rows(latents, part),
+                    generator=generators([0] * len(part)),
                     output_type="pt",
                     autocast=False,
                     **call,
-                )
-                parts.append(output[0].float())
-        return torch.cat(parts)
+                )[0]
+                if frames is not None and images.ndim != 5:
+                    raise ValueError(f"frames={list(frames)}: {self.name} draws pictures, not clips")
+                parts.append((images if frames is None else images[:, list(frames)]).float())
+            return (torch.cat(parts),)
+
+        some = sliced(getattr(self.pipe, "vae", None), frames or (), self.facts.stride, context)
+        with torch.set_grad_enabled(with_graph), some:
+            return self._apart(items, run)[0]
 
     def latents_of(self, pictures: Tensor) -> Tensor:
         """Pictures (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1] as final latents (N, ...), without gradient.
@@ -404,15 +475,15 @@ class Policy:
         """The shape of latents of this call: (count, ...)."""
         drive = Trunk(self.pipe, 0, 0)
         with torch.no_grad():
-            self._run([""], drive, generator=generators([0]), output_type="latent")
+            self._run([self._blank], drive, generator=generators([0]), output_type="latent")
         return drive.native.new_zeros(count, *drive.native.shape[1:])
 
     @property
     def times(self) -> list[float]:
         """The times that a call with the policy's own arguments visits, from noise to the end; asked once for each such call."""
-        return self._facts().t
+        return self._grid_of().t
 
-    def _facts(self, **call: Any) -> Grid:
+    def _grid_of(self, **call: Any) -> Grid:
         key = repr(sorted({**self.call, **call}.items()))
         if key not in self._grids:
             self._grids[key] = self.grid(**call)
@@ -422,13 +493,33 @@ class Policy:
         """The time grid of a call, without running the denoiser."""
         drive = Decode(self.pipe)
         with torch.no_grad():
-            self._run([""], drive, generator=generators([0]), output_type="latent", **call)
+            self._run([self._blank], drive, generator=generators([0]), output_type="latent", **call)
         return drive.grid
 
-    def _run(self, prompts: Sequence[str], drive: Any, latents: Tensor | None = None, autocast: bool = True, **call: Any) -> Any:
-        arguments = {**self.call, **call, "return_dict": False}
-        with driven(self.pipe, drive, latents), self.autocast() if autocast else nullcontext():
-            return self._raw_call(self.pipe, prompt=list(prompts), **arguments)
+    @property
+    def _blank(self) -> Prompt:
+        """A prompt of no words, with a picture where the pipeline needs one and the call has none."""
+        return BLANK if set(self.facts.needed_conditions) - set(self.call) else Prompt("")
+
+    def _apart(self, prompts: Sequence[Prompt], run: Callable[[list[int]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `run` gives for the rows that share a picture, of all rows in their order."""
+        apart = by_condition(prompts, self.facts)
+        if len(apart) == 1:
+            return run(apart[0])
+        order = torch.tensor([row for rows in apart for row in rows]).argsort()
+        return tuple(torch.cat(column)[order.to(column[0].device)] for column in zip(*map(run, apart), strict=True))
+
+    def _run(
+        self, prompts: Sequence[Prompt], drive: Any, latents: Tensor | None = None, autocast: bool = True, **call: Any
+    ) -> Any:
+        """A call of the pipeline for prompts that start from the same pictures."""
+        check_conditions(prompts[:1], self.facts, {**self.call, **call}, opened=False)
+        condition = condition_of(prompts[0], self.facts)
+        pictures = {name: picture_of(name, source, prompts[0]) for name, source in condition}
+        arguments = {**self.call, **call, **pictures, "return_dict": False}
+        kept = self._conditions.of(condition, len(prompts))
+        with driven(self.pipe, drive, latents), kept, self.autocast() if autocast else nullcontext():
+            return self._raw_call(self.pipe, prompt=[prompt.text for prompt in prompts], **arguments)
 
     def autocast(self) -> Any:
         """Autocast for the denoiser, without its weight cache: a cache filled under no_grad would cut the graph later."""
@@ -476,7 +567,8 @@ class Policy:
                 type(self.pipe).save_lora_weights(str(folder), **layers, **{k: v for k, v in metadata.items() if k in accepted})
             else:
                 self.pipe.save_pretrained(str(folder), safe_serialization=True)
-                (Path(folder) / DEFAULTS_FILE).write_text(json.dumps({"call": self.call}, indent=2) + "\n")
+                defaults = {"call": self.call, **({} if self.facts.rate is None else {"fps": self.facts.rate})}
+                (Path(folder) / DEFAULTS_FILE).write_text(json.dumps(defaults, indent=2) + "\n")
 
 
 def resolve_model(model: str | Path) -> Path | str:
@@ -512,6 +604,15 @@ def _left_out(path: Path | str) -> dict[str, None]:
     index = Path(path) / "model_index.json"
     components = json.loads(index.read_text()) if index.is_file() else {}
     return {name: None for name, entry in components.items() if entry == [None, None]}
+
+
+def _items(prompts: Iterable[str | Prompt]) -> list[Prompt]:
+    return [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+
+
+def _rows(values: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor: itself where they are all."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 class _Seen(Exception):

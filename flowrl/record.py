@@ -1,7 +1,7 @@
 """What a run leaves behind: metrics, sample pictures, checkpoints, a model card. All in one folder, readable without us.
 
     RUN/recipe.yaml  environment.json  metrics.jsonl  alarms.jsonl  README.md  tracker/
-    RUN/samples/step-000010/{0000.png, ..., samples.jsonl}
+    RUN/samples/step-000010/{0000.png (.webp, .mp4), ..., samples.jsonl}
     RUN/watch/step-000031.png
     RUN/checkpoint-50/{pytorch_lora_weights.safetensors | model/, training_state/}
     RUN/{pytorch_lora_weights.safetensors | model/}                         the result: averaged weights
@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowrl.batch import Samples
+from flowrl.clips import FORMS, RATE, SMALL, clip_bytes
 from flowrl.config import ConfigError, Recipe
 from flowrl.policy import LORA_FILE, Policy
 from flowrl.reward_models.base import LearningReward
@@ -151,18 +152,35 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ samples
 
 
+#: A saved step holds at most so many pictures, and of clips at most so many pixels, but FEWEST of them at least.
+MOST_SAMPLES, MOST_PIXELS, FEWEST = 64, 1 << 27, 8
+#: Of saved clips whose longer side has more than `flowrl.clips.SMALL` pixels, which without loss would take ten times the place.
+QUALITY = 90
+
+
 def write_samples(
-    folder: Path, step: int, samples: Samples, scores: Tensor, names: Sequence[str], advantage: Tensor, limit: int = 64
+    folder: Path, step: int, samples: Samples, scores: Tensor, names: Sequence[str], advantage: Tensor, clip_format: str = "webp"
 ) -> None:
-    """Pictures (clips: their frames side by side) and a table of one step: prompt, seed, every reward (N, K), advantage (N,)."""
+    """Pictures or clips, and a table of one step: prompt, seed, every reward (N, K), advantage (N,).
+
+    clip_format: webp, small clips without loss, or mp4.
+    """
     from flowrl.reward_models.base import to_pil
 
-    assert samples.images is not None
+    images = samples.images
+    assert images is not None
+    limit, quality = MOST_SAMPLES, QUALITY if max(images.shape[-2:]) > SMALL else None
+    if images.ndim == 5:
+        limit = min(limit, max(FEWEST, MOST_PIXELS // (images[0].numel() // 3)))
     with written_whole(folder / "samples" / f"step-{step:06d}") as place:
         rows = []
-        for i, picture in enumerate(to_pil(samples.images[:limit])):
-            file = f"{i:04d}.png"
-            (beside(picture) if isinstance(picture, list) else picture).save(place / file)
+        for i, picture in enumerate(to_pil(images[:limit])):
+            if isinstance(picture, list):
+                file = f"{i:04d}{FORMS[clip_format]}"
+                (place / file).write_bytes(clip_bytes(picture, samples.fps or RATE, clip_format, quality=quality))
+            else:
+                file = f"{i:04d}.png"
+                picture.save(place / file)
             rewards = {name: _number(float(scores[i, k])) for k, name in enumerate(names)}
             row = {"file": file, "prompt": samples.texts[i], "seed": samples.seeds[i], "group": int(samples.group[i])}
             rows.append({**row, "rewards": rewards, "advantage": _number(float(advantage[i]))})
@@ -508,10 +526,12 @@ Rewards are proxies: look at the pictures (`flowrl gallery {model} {folder}`) an
 
 def write_model_card(folder: Path, policy: Policy, recipe: Recipe, progress: Progress) -> None:
     """README.md of the run: what was done, how to use it, how to repeat it."""
-    pipeline, call = (
-        type(policy.pipe).__name__,
-        ", ".join(f"{k}={v!r}" for k, v in policy.call.items() if k != "num_inference_steps"),
-    )
+    clips, pipeline = policy.facts.draws_clips, type(policy.pipe).__name__
+    call = ", ".join(f"{k}={v!r}" for k, v in policy.call.items() if k != "num_inference_steps")
+    call = ", ".join([*(f"{name}={name}" for name in policy.facts.needed_conditions), *([call] if call else [])])
+    drawn = f"image = pipe(prompt, {call}).images[0]"
+    if clips:
+        drawn = f'frames = pipe(prompt, {call}).frames[0]\nexport_to_video(frames, "clip.mp4", fps={policy.fps or RATE:g})'
     load = f'pipe = DiffusionPipeline.from_pretrained("{recipe.model}")\npipe.load_lora_weights("{folder}")'
     if not policy.has_lora:
         load = f'pipe = DiffusionPipeline.from_pretrained("{folder}/model")'
@@ -519,7 +539,7 @@ def write_model_card(folder: Path, policy: Policy, recipe: Recipe, progress: Pro
     text = CARD.format(
         model=recipe.model,
         name=folder.name,
-        modality="video" if recipe.num_frames else "image",
+        modality="video" if clips else "image",
         tags="lora" if policy.has_lora else "full",
         method=recipe.objective.get("name"),
         images=progress.images,
@@ -538,7 +558,9 @@ def write_model_card(folder: Path, policy: Policy, recipe: Recipe, progress: Pro
         trained=f"LoRA of rank {recipe.lora_rank}" if policy.has_lora else "all weights of the denoiser",
         seed=recipe.seed,
         device=facts["device"],
-        usage=f"from diffusers import DiffusionPipeline  # {pipeline}\n\n{load}\nimage = pipe(prompt, {call}).images[0]",
+        usage=f"from diffusers import DiffusionPipeline  # {pipeline}\n"
+        + ("from diffusers.utils import export_to_video\n" if clips else "")
+        + f"\n{load}\n{drawn}",
         versions=", ".join(f"{k} {facts[k]}" for k in ("torch", "diffusers", "peft")),
         folder=folder,
     )

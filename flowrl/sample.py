@@ -2,13 +2,14 @@
 
     sample_to_folder(["tiny-sd3", "tiny-sd3+runs/demo@0.5"], ["a red circle"], "samples", seeds=[0, 1], grid=True)
 
-    samples/tiny-sd3/a-red-circle-a1e4a280d2-s0.png        text chunks: `parameters` (what other tools read), `flowrl` (JSON)
+    samples/tiny-sd3/a-red-circle-a1e4a280d2-s0.png        texts inside: `parameters` (what other tools read), `flowrl` (JSON)
+    samples/tiny-wan/a-red-circle-a1e4a280d2-s0.webp       a clip, or .mp4 where that is asked for
     samples/tiny-sd3-fk-particles-8/steering/...           of steered pictures: report (JSON) and genealogy (PNG)
     samples/samples.jsonl  samples/grid.png                a row for each picture, with its rewards; the labelled sheet
 
 A picture depends on its model, prompt, seed and settings alone, and its name on the first three: the same command gives the same
 files. One that is there is kept if it was drawn by the same settings, and otherwise nothing is touched; so an interrupted
-command goes on when it is given again. Rewards are those of the stored picture, in 8 bits.
+command goes on when it is given again. Rewards are those of the stored picture, in 8 bits (of an mp4: of what it holds).
 """
 
 from __future__ import annotations
@@ -29,23 +30,15 @@ from torch import Tensor
 
 from flowrl import __version__
 from flowrl.batch import Prompt, Samples
+from flowrl.clips import FACTS, FORMS, PARAMETERS, RATE, check_form, check_rate, clip_bytes
+from flowrl.conditions import check_conditions, condition_of
 from flowrl.config import ConfigError, build
 from flowrl.data import load_prompts
-from flowrl.pictures import (
-    FACTS,
-    FRAME_MS,
-    PARAMETERS,
-    Cell,
-    file_stem,
-    picture_bytes,
-    read_facts,
-    read_frames,
-    reduced,
-    sheet_files,
-    slug,
-)
-from flowrl.policy import DTYPES, Policy
-from flowrl.record import environment, move, unfinished, write_text, writing
+from flowrl.model_facts import ModelFacts
+from flowrl.pairs import load_batch
+from flowrl.pictures import Cell, file_stem, picture_bytes, read_facts, read_frames, reduced, sheet_files, slug
+from flowrl.policy import DTYPES, Policy, resolve_model
+from flowrl.record import environment, move, trained_parts, unfinished, write_text, writing
 from flowrl.reward_models import load_reward
 from flowrl.reward_models.base import Reward, failing_as, score, to_pil, traits_of
 from flowrl.samplers import TRANSITIONS, AllButLast
@@ -75,6 +68,7 @@ class Settings:
     call: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     solver: str = "euler"  #: Of the plain sampler's deterministic steps: euler, or dpmpp2m.
+    fps: float | None = None  #: Frames per second of clips.
 
 
 @dataclass(frozen=True)
@@ -96,6 +90,7 @@ class Item:
     seed: int
     file: Path
     request: dict[str, Any]
+    starts: tuple[str, ...] = ()  #: Columns with pictures that its model starts from.
 
 
 @dataclass
@@ -124,16 +119,18 @@ def sample_to_folder(
     batch_size: int | None = None,
     device: str | None = None,
     progress: bool = False,
+    clip_format: str = "webp",
 ) -> Sampled:
     """Draw what is not there yet, score everything, write the table and the sheet.
 
     models: as `Source` reads them. prompts: as `flowrl.data.load_prompts`. steers: one column each for every model, {name,
     options} of a method in STEERS, or None for the plain sampler; the option `reward` names what it climbs, by default the
-    first of `rewards`. batch_size: samples per denoiser call; by the size of the pictures when None.
+    first of `rewards`. batch_size: samples per denoiser call; by the size of the pictures when None. clip_format: webp, which
+    loses nothing, or mp4.
     Raises ConfigError, FileNotFoundError, ValueError before anything is written where the input is at fault.
     """
     settings, out = settings or Settings(), Path(out)
-    items, repeated = plan(models, load_prompts(prompts), seeds, settings, steers, rewards, out)
+    items, repeated = plan(models, load_prompts(prompts), seeds, settings, steers, rewards, out, clip_format)
     digests: dict[str, str | None] = {}
     for source in dict.fromkeys(item.column.source for item in items):
         source.check()
@@ -150,9 +147,10 @@ def sample_to_folder(
         try:
             drawing = {item.file for item in todo}
             for part in _batches([item for item in items if item.file not in drawing], batch_size or 16):
-                rows |= _rows(part, _stored(part) if scorers else None, scorers, out)
-            for part, images in draw(todo, items, settings, climbed, digests, batch_size, device, progress):
-                rows |= _rows(part, images, scorers, out)
+                images, fps = load_batch([item.file for item in part]) if scorers else (None, None)
+                rows |= _rows(part, images, fps, scorers, out)
+            for part, images, fps in draw(todo, items, settings, climbed, digests, batch_size, device, progress):
+                rows |= _rows(part, images, fps, scorers, out)
         finally:  # also when it is interrupted: the table says what is there
             write_table(out, [rows[item.file] for item in items if item.file in rows], {item.file for item in todo})
         sheets = write_sheets(out, items, rows) if grid else []
@@ -169,8 +167,10 @@ def plan(
     steers: Sequence[dict[str, Any] | None],
     rewards: Sequence[Any],
     out: Path,
+    clip_format: str = "webp",
 ) -> tuple[list[Item], int]:
     """Every picture of a command, model by model, and how many prompts were repeated. Checks all that needs no weights."""
+    check_form(clip_format)
     if settings.dtype not in DTYPES:
         raise ConfigError(f"dtype={settings.dtype!r}: choose one of {', '.join(DTYPES)}")
     build(settings.transition, TRANSITIONS, "transition")
@@ -178,6 +178,7 @@ def plan(
         raise ConfigError("seeds: name each once, and at least one")
     distinct, repeated = _distinct(prompts)
     items = []
+    known: dict[str, ModelFacts | None] = {}
     for column in _columns([Source.parse(str(model)) for model in models], steers):
         steering, climbs = column.steering, None
         if steering is not None:
@@ -186,12 +187,41 @@ def plan(
             if climbs is None:
                 raise ConfigError(f"steer {steering.get('name')}: name the reward that it climbs, with --reward NAME")
             method_of(steering, settings)
+        if column.source.model not in known:
+            known[column.source.model] = facts_for(column.source, prompts, settings)
+        facts = known[column.source.model]
+        suffix = FORMS[clip_format] if facts is not None and facts.draws_clips else ".png"
         for prompt, again in distinct:
+            if facts is not None and facts.conditions:
+                prompt = located(prompt, facts)
             for seed in seeds:
                 request = request_for(column.source.text, prompt, int(seed), settings, steering, climbs)
-                file = out / column.folder / f"{file_stem(prompt.text, int(seed), again)}.png"
-                items.append(Item(column, prompt, int(seed), file, request))
+                file = out / column.folder / f"{file_stem(prompt.text, int(seed), again)}{suffix}"
+                items.append(Item(column, prompt, int(seed), file, request, facts.conditions if facts is not None else ()))
     return items, repeated
+
+
+def facts_for(source: Source, prompts: Sequence[Prompt], settings: Settings) -> ModelFacts | None:
+    """What is known of a model before it is loaded. Raises ConfigError for frames, rates and prompts that do not suit it."""
+    try:
+        facts = ModelFacts.read(resolve_model(trained_parts(source.model)[0]))
+    except (FileNotFoundError, ConfigError):  # `Source.check` says it, when all else is checked
+        return None
+    if facts is None:
+        return None
+    call = {**facts.call, **settings.call}
+    if settings.fps is not None:
+        check_rate(settings.fps)
+    if call.get("num_frames") is not None:
+        facts.check_frames(call["num_frames"])
+    check_conditions(prompts, facts, call)
+    return facts
+
+
+def located(prompt: Prompt, facts: ModelFacts) -> Prompt:
+    """The prompt with whole paths of the pictures that it starts from, so that what it drew can be drawn again."""
+    paths = {name: str(source.resolve()) for name, source in condition_of(prompt, facts) if isinstance(source, Path)}
+    return dataclasses.replace(prompt, columns={**prompt.columns, **paths})
 
 
 def request_for(
@@ -261,10 +291,11 @@ def is_drawn(item: Item, digest: str | None) -> bool:
         facts = read_facts(item.file)
     except ValueError as error:
         raise ConfigError(f"{error}: {fix}") from None
-    ours, theirs = dict(item.request), facts["request"]
+    ours, theirs = dict(item.request), dict(facts["request"])
+    if not item.column.steering:  # columns describe the prompt; a reward that steers makes them all part of the picture
+        for request in (ours, theirs):
+            request["columns"] = {name: (request.get("columns") or {}).get(name) for name in item.starts}
     for name in ours:
-        if name == "columns" and not item.column.steering:
-            continue  # they describe the prompt; only a reward that steers makes them part of the picture
         if ours[name] != theirs.get(name):
             raise ConfigError(
                 f"{item.file} was drawn with {name}={_text(theirs.get(name))}, now {name}={_text(ours[name])}: {fix}"
@@ -286,8 +317,8 @@ def draw(
     batch_size: int | None,
     device: str | None,
     progress: bool,
-) -> Iterator[tuple[list[Item], Tensor]]:
-    """Draw and store, batch by batch; one model in memory at a time. Yields what was drawn, as `_stored` would read it."""
+) -> Iterator[tuple[list[Item], Tensor, float | None]]:
+    """Draw and store, batch by batch; one model in memory at a time. Yields what was drawn, as `load_batch` would read it."""
     from tqdm.auto import tqdm
 
     given = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale")}
@@ -297,6 +328,8 @@ def draw(
         for source in dict.fromkeys(item.column.source for item in todo):
             bar.set_description(f"loading {source.label}")
             policy = source.open(settings.dtype, device, **size_of(settings), **settings.call)
+            if settings.fps is not None:
+                policy.set_fps(settings.fps)
             size = batch_size or default_batch_size(policy)
             weights = digests[source.text] or source.digest()
             for column in dict.fromkeys(item.column.label for item in todo if item.column.source == source):
@@ -311,8 +344,10 @@ def draw(
                     for part, images, more in drawing:
                         images = (images.clamp(0, 1) * 255).round() / 255
                         facts = {"weights": weights, "resolved": {**resolved(policy, call), **more}, "software": software()}
-                        store(part, images, facts, frame_ms(policy))
-                        yield part, images
+                        store(part, images, facts)
+                        if part[0].file.suffix == FORMS["mp4"]:  # rewards are of what is stored
+                            images = load_batch([item.file for item in part])[0].to(images)
+                        yield part, images, policy.fps
                         bar.update(len(part))
             del policy
 
@@ -359,8 +394,8 @@ def _steered(
         assert result.samples.images is not None
         write_text(folder / f"{item.file.stem}.json", json.dumps(report_json(item, result.report), indent=1) + "\n")
         with writing(folder), unfinished(folder) as temporary:
-            drawn = genealogy_picture(result.report, temporary / item.file.name)
-            move(drawn, folder / item.file.name)
+            drawn = genealogy_picture(result.report, temporary / f"{item.file.stem}.png")
+            move(drawn, folder / drawn.name)
         yield [item], result.samples.images, {"steering": str(method), "tilt_strength": getattr(method, "tilt_strength", None)}
 
 
@@ -388,7 +423,7 @@ def default_batch_size(policy: Policy) -> int:
     side = getattr(policy.pipe, "default_sample_size", None) or 128
     side = (max(side) if isinstance(side, list | tuple) else side) * getattr(policy.pipe, "vae_scale_factor", 8)
     height, width = (policy.call.get(name) or side for name in ("height", "width"))
-    return int(min(64, max(1, 4 * 1024**2 // (height * width * (policy.call.get("num_frames") or 1)))))
+    return int(min(64, max(1, 4 * 1024**2 // (height * width * (policy.num_frames or 1)))))
 
 
 @contextmanager
@@ -404,17 +439,13 @@ def resolved(policy: Policy, call: Mapping[str, Any]) -> dict[str, Any]:
     """What the pipeline is really called with."""
     named = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt", "num_frames")
     defaults = {name: p.default for name, p in policy._parameters.items() if name in named}
-    return json.loads(json.dumps({"pipeline": policy.name, **defaults, **policy.call, **call}, default=str))
+    rate = {} if policy.fps is None else {"fps": policy.fps}
+    return json.loads(json.dumps({"pipeline": policy.name, **defaults, **policy.call, **call, **rate}, default=str))
 
 
 def software() -> dict[str, str]:
     found = environment()
     return {name: found[name] for name in ("flowrl-diffusion", "torch", "diffusers", "device") if name in found}
-
-
-def frame_ms(policy: Policy) -> float:
-    rate = policy.call.get("frame_rate")
-    return round(1000 / rate) if rate else FRAME_MS
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -440,7 +471,7 @@ def made(out: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def store(items: Sequence[Item], images: Tensor, facts: dict[str, Any], ms: float) -> None:
+def store(items: Sequence[Item], images: Tensor, facts: dict[str, Any]) -> None:
     """Each picture into its place, whole or not at all, with all that drew it."""
     with unfinished(items[0].file.parent) as temporary:
         for item, picture in zip(items, to_pil(images), strict=True):
@@ -458,8 +489,16 @@ def store(items: Sequence[Item], images: Tensor, facts: dict[str, Any], ms: floa
             }
             texts = {PARAMETERS: parameters(inside), FACTS: json.dumps(inside)}
             with writing(item.file):
-                (temporary / item.file.name).write_bytes(picture_bytes(picture, texts, ms))
+                (temporary / item.file.name).write_bytes(_file_bytes(item.file, picture, texts, facts["resolved"].get("fps")))
                 move(temporary / item.file.name, item.file)
+
+
+def _file_bytes(file: Path, picture: Any, texts: dict[str, str], fps: float | None) -> bytes:
+    """A picture, or a clip (a list of frames) in the form that the file's name says."""
+    if not isinstance(picture, list):
+        return picture_bytes(picture, texts)
+    form = next(form for form, suffix in FORMS.items() if suffix == file.suffix)
+    return clip_bytes(picture, fps or RATE, form, texts)
 
 
 def parameters(facts: Mapping[str, Any]) -> str:
@@ -476,6 +515,7 @@ def parameters(facts: Mapping[str, Any]) -> str:
         "Seed": request["seed"],
         "Size": f"{call['width']}x{call['height']}",
         "Frames": call.get("num_frames"),
+        "FPS": None if call.get("fps") is None else f"{call['fps']:g}",
         "Model hash": facts.get("weights"),
         "Model": request["model"],
         "Steering": call.get("steering"),
@@ -491,9 +531,11 @@ def command_of(request: Mapping[str, Any], file: Path | None = None) -> str:
     if file and request["steer"] and request["columns"]:
         return shlex.join(["flowrl", "sample", "--from", str(file), "--out", "again"])
     words = ["flowrl", "sample", request["model"], request["prompt"], "--seed", str(request["seed"])]
-    options = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
+    options = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width", "fps": "fps"}
     for option, name in options.items():
-        words += [f"--{option}", _text(request[name])] if request[name] is not None else []
+        words += [f"--{option}", _text(request[name])] if request.get(name) is not None else []
+    words += ["--image", request["columns"]["image"]] if isinstance(request["columns"].get("image"), str) else []
+    words += ["--clip-format", "mp4"] if file and file.suffix == FORMS["mp4"] else []
     for option, default in (("dtype", "float32"), ("solver", "euler")):
         words += [f"--{option}", request[option]] if request[option] != default else []
     sections = {"transition": request["transition"] if request["transition"] != ODE else None, "steer": request["steer"]}
@@ -531,21 +573,12 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
             yield column[start : start + size]
 
 
-def _stored(items: Sequence[Item]) -> Tensor:
-    """Pictures (N, 3, H, W) or clips (N, F, 3, H, W) from their files."""
-
-    def pixels(picture: Any) -> Tensor:
-        if isinstance(picture, list):
-            return torch.stack([pixels(frame) for frame in picture])
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-    return torch.stack([pixels(read_frames(item.file, read_facts(item.file)["resolved"]["num_frames"])) for item in items])
-
-
-def _rows(items: Sequence[Item], images: Tensor | None, scorers: Mapping[str, Reward], out: Path) -> dict[Path, dict[str, Any]]:
+def _rows(
+    items: Sequence[Item], images: Tensor | None, fps: float | None, scorers: Mapping[str, Reward], out: Path
+) -> dict[Path, dict[str, Any]]:
     """A row of the table for each picture."""
     prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
-    samples = Samples(prompts, seeds, torch.arange(len(items)), torch.zeros(len(items), 0), images)
+    samples = Samples(prompts, seeds, torch.arange(len(items)), torch.zeros(len(items), 0), images, fps=fps)
     values = score(dict(scorers), samples).tolist()
     rows = {}
     for item, scores in zip(items, values, strict=True):
@@ -605,7 +638,7 @@ def write_sheets(out: Path, items: Sequence[Item], rows: Mapping[Path, dict[str,
             return Cell(None)
         scores = rows[item.file]["rewards"]
         shown = [f"{name.rpartition('.')[2]} {'-' if value is None else f'{value:.3g}'}" for name, value in scores.items()]
-        return Cell(reduced(read_frames(item.file, facts["num_frames"])), "  ".join(shown))
+        return Cell(reduced(read_frames(item.file)), "  ".join(shown))
 
     written = []
     lines = list(places.items())

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
+from flowrl.conditions import condition_of, key_of
 from flowrl.data import generators, sample_seed
 from flowrl.samplers.scheduler import Grid, stochastic_step
 from flowrl.samplers.transitions import Transition
@@ -54,7 +55,8 @@ def branched_rollout(
     """
     items = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
     rngs = generators(seeds, offset=1)
-    owner = _number([(item.text, init) for item, init in zip(items, init_seeds, strict=True)])
+    pictures = [key_of(condition_of(item, policy.facts)) for item in items]
+    owner = _number([(item.text, picture, init) for item, picture, init in zip(items, pictures, init_seeds, strict=True)])
     latents, node, steps = None, 0, []
     for k, index in enumerate(sorted(stochastic)):
         first = _first(owner)
@@ -78,7 +80,7 @@ def branched_rollout(
     )
     groups = torch.arange(len(items)) if group is None else group.to(torch.int64)
     starts = torch.tensor([int(seed) for seed in init_seeds])
-    return Samples(items, list(map(int, seeds)), groups, ends.latents[owner], steps=steps, start=starts)
+    return Samples(items, list(map(int, seeds)), groups, ends.latents[owner], steps=steps, fps=ends.fps, start=starts)
 
 
 def correlated(own: Tensor, shared: Tensor, spread: float) -> Tensor:

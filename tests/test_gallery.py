@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from flowrl.clips import read_clip
 from flowrl.gallery import Cell, Film, Frame, Table, write_gallery
 from tests.gallery import HOSTILE, ROWS, cell, example_cells, page_data, shape_picture, tree
 
@@ -118,15 +119,15 @@ def clip(count: int, size: int = 40) -> list[Image.Image]:
 
 def test_frames_of_a_clip_lie_in_one_picture_and_the_original_is_animated(tmp_path):
     """7 frames of 40 x 20: three columns, three lines, 120 x 60 pixels."""
-    page = write_gallery(tmp_path / "g", [cell(image=clip(7), frame_ms=50)], title="T")
+    page = write_gallery(tmp_path / "g", [cell(image=clip(7), fps=20)], title="T")
     drawn = page_data(page)["prompts"][0]["sets"][0]["cells"][0]
     assert (drawn["width"], drawn["height"]) == (40, 20)
     assert drawn["frames"] == {"file": drawn["frames"]["file"], "count": 7, "columns": 3, "ms": 50}
     sheet = Image.open(page.parent / drawn["frames"]["file"])
     assert sheet.size == (120, 60)
     assert [sheet.getpixel((40 * (i % 3) + 20, 20 * (i // 3) + 10)) for i in range(7)] == [(10 * i, 0, 0) for i in range(7)]
-    original = Image.open(page.parent / drawn["image"])
-    assert original.n_frames == 7 and original.info["duration"] == 50
+    pixels, rate = read_clip(page.parent / drawn["image"])
+    assert (pixels[:, 10, 20, 0].tolist(), rate) == ([0, 10, 20, 30, 40, 50, 60], 20)
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif", ".png"])

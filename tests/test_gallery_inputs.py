@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from flowrl.cli import main
+from flowrl.clips import clip_bytes
 from flowrl.config import ConfigError
-from flowrl.gallery import Cell
+from flowrl.gallery import Cell, write_gallery
 from flowrl.gallery.inputs import (
     FILM_PICTURES,
     FILM_STEPS,
@@ -24,7 +25,6 @@ from flowrl.gallery.inputs import (
     scored,
     trained_on,
 )
-from flowrl.gallery.originals import Strip
 from flowrl.gallery.sheet import write_sheet
 from flowrl.pictures import picture_bytes
 from flowrl.sample import Settings, sample_to_folder
@@ -222,14 +222,14 @@ def test_folders_that_hold_no_pictures_are_left_to_models(tmp_path, model):
 def run_folder(place: Path, steps: int, groups: int = 2, each: int = 2, frames: int = 1) -> Path:
     """A run that saved samples: the reward r is step / 10 for each of them."""
     (place / "samples").mkdir(parents=True)
-    (place / "recipe.yaml").write_text(f"model: tiny-sd3\nrewards: {{r: 1.0}}\nnum_frames: {frames if frames > 1 else 'null'}\n")
+    (place / "recipe.yaml").write_text("model: tiny-sd3\nrewards: {r: 1.0}\n")
     for step in range(1, steps + 1):
         folder = place / "samples" / f"step-{step:06d}"
         rows = []
         for i in range(groups * each):
             rows.append(
                 {
-                    "file": f"{i:04d}.png",
+                    "file": f"{i:04d}.{'png' if frames == 1 else 'webp'}",
                     "prompt": f"p{i // each}",
                     "seed": 1 << 60,
                     "group": i // each,
@@ -237,10 +237,9 @@ def run_folder(place: Path, steps: int, groups: int = 2, each: int = 2, frames: 
                 }
             )
             folder.mkdir(exist_ok=True)
-            strip = Image.new("RGB", (8 * frames, 8))
-            for f in range(frames):
-                strip.paste((10 * f, 0, 0), (8 * f, 0, 8 * f + 8, 8))
-            strip.save(folder / f"{i:04d}.png")
+            shown = [Image.new("RGB", (8, 8), (10 * f, 0, 0)) for f in range(frames)]
+            content = picture_bytes(shown[0], {}) if frames == 1 else clip_bytes(shown, 8)
+            (folder / rows[-1]["file"]).write_bytes(content)
         table(folder / "samples.jsonl", *rows)
     return place
 
@@ -266,13 +265,17 @@ def test_long_films_are_cut_evenly_and_say_so(tmp_path):
     assert f"{FILM_PICTURES} of 14 pictures" in film.note
 
 
-def test_strips_of_a_run_of_clips_are_clips_again(tmp_path):
+def test_clips_of_a_run_are_clips_in_its_film(tmp_path):
+    """Three frames at 8 a second: two columns, 125 ms each."""
     [film] = found(run_folder(tmp_path / "clips", 1, frames=3) / "samples").films
-    strip = next(iter(film.frames)).cells[0].image
-    assert isinstance(strip, Strip)
-    assert [frame.getpixel((4, 4)) for frame in strip.frames()] == [(0, 0, 0), (10, 0, 0), (20, 0, 0)]
-    with pytest.raises(ValueError, match="24 pixels wide, not 5 frames"):
-        Strip(strip.path, 5).frames()
+    page = page_data(write_gallery(tmp_path / "g", [], title="T", films=[film]))
+    drawn = page["films"][0]["frames"][0]["cells"][0]
+    assert drawn["image"].endswith(".webp") and drawn["frames"] | {"file": ""} == {
+        "file": "",
+        "count": 3,
+        "columns": 2,
+        "ms": 125,
+    }
 
 
 # ---------------------------------------------------------------- what is known about models
@@ -332,12 +335,25 @@ def test_sheet_groups_by_model_or_seed_and_names_what_it_could_not_read(tmp_path
     assert other.width == 768 and other.height < one.height, "no line for rewards"
 
 
-def test_sheet_shows_clips_as_strips_and_refuses_videos(tmp_path):
-    (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
-    cells = [Cell("m", "p", 0, [shape_picture(i) for i in range(9)], {}), Cell("m", "q", 0, tmp_path / "film.mp4", {})]
-    [file], problems = write_sheet(tmp_path / "s.png", cells)
-    assert Image.open(file).width == 16 + 200 + 4 * 128 + 6 + 16
-    assert problems == ["A sheet shows no video files: film.mp4"]
+def test_sheet_shows_clips_as_strips(tmp_path):
+    """From memory and from files, of video too; what is no video is named."""
+    frames = [shape_picture(i) for i in range(9)]
+    (tmp_path / "film.mp4").write_bytes(clip_bytes(frames, 8, "mp4"))
+    (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    images = {"p": frames, "q": tmp_path / "film.mp4", "r": tmp_path / "broken.mp4"}
+    [file], problems = write_sheet(tmp_path / "s.png", [Cell("m", prompt, 0, image, {}) for prompt, image in images.items()])
+    sheet = Image.open(file)
+    assert sheet.width == 16 + 200 + 4 * 128 + 6 + 16
+    assert problems == ["Unreadable file: broken.mp4"]
+
+
+def test_clips_are_scored_whole(tmp_path):
+    """Frames of 0, 51 and 102 are 0.2 on average, in files of both kinds; the first alone would be 0. 8 and 16 a second apart."""
+    shown = [Image.new("RGB", (16, 16), (v, v, v)) for v in (0, 51, 102)]
+    for name, fps, form in (("a", 8, "webp"), ("b", 16, "webp"), ("c", 8, "mp4")):
+        (tmp_path / f"{name}.{form}").write_bytes(clip_bytes(shown, fps, form))
+    cells = scored(found(tmp_path), ["brightness"]).cells
+    assert [cell.rewards["brightness"] for cell in cells] == [pytest.approx(0.2, abs=0.01)] * 3
 
 
 def test_grid_command(samples, tmp_path, capsys):

@@ -232,7 +232,7 @@ def test_clips_keep_one_beat(show, tmp_path):
     file = tmp_path / "clip.webp"
     first, *rest = ramp(8)
     first.save(file, save_all=True, append_images=rest, duration=100, lossless=True)
-    cells = [cell("base", image=ramp(8), frame_ms=100), cell("tuned", image=ramp(5), frame_ms=100), cell("file", image=file)]
+    cells = [cell("base", image=ramp(8), fps=10), cell("tuned", image=ramp(5), fps=10), cell("file", image=file)]
     path = write_gallery(tmp_path / "g", cells, title="T")
     page = show(path)
     eventually(page, "[...document.images].every(i => i.complete && i.naturalWidth)")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from flowrl.batch import Prompt
+from flowrl.clips import clip_bytes
 from flowrl.evaluate import Evaluation, Protocol, compare
 from flowrl.layouts import LAYOUTS, export, find_pictures, manifest_of, parse, read_scores
 from flowrl.layouts.vbench import QUALITY, SEMANTIC, SUITES
@@ -68,9 +69,9 @@ def drawn(prompts: list[Prompt], seeds: int, folder: Path, frames: int = 0, side
         row = []
         for j in range(seeds):
             pictures = [Image.new("RGB", (side, side), (40 * i + f, 20 * j, 200)) for f in range(max(1, frames))]
-            facts = {"request": {"prompt": prompts[i].text}, "resolved": {"num_frames": frames or None}}
-            file = folder / f"{i}-{j}.png"
-            file.write_bytes(picture_bytes(pictures if frames else pictures[0], {"flowrl": json.dumps(facts)}, 125))
+            texts = {"flowrl": json.dumps({"request": {"prompt": prompts[i].text}})}
+            file = folder / f"{i}-{j}.{'webp' if frames else 'png'}"
+            file.write_bytes(clip_bytes(pictures, 8, texts=texts) if frames else picture_bytes(pictures[0], texts))
             row.append(file)
         files.append(row)
     size = (frames, side, side) if frames else (side, side)

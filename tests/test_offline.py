@@ -229,7 +229,7 @@ def test_supervised_methods_keep_the_preferred_pictures(recipe, pictures, object
         (pictures / f"{name}.txt").write_text(f"a {name} thing")
     data = Data.load(str(pictures), SOAR().needs)
     model = policy("wan")
-    with pytest.raises(ConfigError, match="set height and width, and num_frames of clips"):
+    with pytest.raises(ConfigError, match=r"blue\.png is a picture, and WanPipeline draws clips of 5 frames: set num_frames=1"):
         data.encoded([0], model)
     model.call["num_frames"] = 1
     assert data.encoded([0, 1], model).shape == (2, 16, 1, 4, 4)

@@ -13,12 +13,14 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from flowrl import record
 from flowrl.batch import Prompt, Samples
+from flowrl.clips import read_clip
 from flowrl.config import ConfigError, Recipe
 from flowrl.policy import Policy
 from tests.pipelines import CALL, tiny
@@ -228,25 +230,40 @@ def test_metrics_are_json_lines(tmp_path):
 
 @pytest.mark.parametrize("frames", [None, 3])
 def test_samples_on_disk(tmp_path, frames):
-    """PNG pictures (a clip is a strip of its frames) with the pixels that were scored, and a table with all rewards."""
+    """PNG pictures, or lossless WebP clips at their rate, with the pixels that were scored, and a table with all rewards."""
     images = torch.rand(2, *([frames] if frames else []), 3, 8, 6, generator=torch.Generator().manual_seed(0))
-    samples = Samples([Prompt("ein Haus"), Prompt("ü")], [5, 6], torch.tensor([7, 7]), images, images)
+    samples = Samples([Prompt("ein Haus"), Prompt("ü")], [5, 6], torch.tensor([7, 7]), images, images, fps=8 if frames else None)
     scores = torch.tensor([[0.5, float("nan")], [1.0, 2.0]])
     record.write_samples(tmp_path, 3, samples, scores, ["a", "b"], torch.tensor([-1.0, 1.0]))
     folder = tmp_path / "samples" / "step-000003"
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[0] == {
-        "file": "0000.png",
+        "file": "0000.webp" if frames else "0000.png",
         "prompt": "ein Haus",
         "seed": 5,
         "group": 7,
         "rewards": {"a": 0.5, "b": None},
         "advantage": -1.0,
     }
-    picture = Image.open(folder / rows[1]["file"])
-    assert picture.size == (6 * (frames or 1), 8)
-    first = images[1] if frames is None else images[1, 0]
-    assert picture.getpixel((2, 1)) == tuple(int(v) for v in (first[:, 1, 2] * 255).round())
+    expected = (images[1] * 255).round().byte().movedim(-3, -1).numpy()
+    if frames is None:
+        assert np.array_equal(np.asarray(Image.open(folder / rows[1]["file"])), expected)
+    else:
+        pixels, rate = read_clip(folder / rows[1]["file"])
+        assert np.array_equal(pixels, expected) and rate == 8
+
+
+def test_of_large_clips_fewer_are_saved(tmp_path, monkeypatch):
+    """Two clips of 3 x 8 x 6 = 144 pixels fit into 300; eight are kept whatever their size."""
+    images = torch.rand(12, 3, 3, 8, 6)
+    samples = Samples([Prompt("a")] * 12, list(range(12)), torch.zeros(12, dtype=torch.int64), images, images)
+    kept = []
+    for step, fewest in enumerate((1, 8), 1):
+        monkeypatch.setattr(record, "MOST_PIXELS", 300)
+        monkeypatch.setattr(record, "FEWEST", fewest)
+        record.write_samples(tmp_path, step, samples, torch.zeros(12, 1), ["a"], torch.zeros(12))
+        kept.append(len(list((tmp_path / "samples" / f"step-{step:06d}").glob("*.webp"))))
+    assert kept == [2, 8]
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from flowrl import record
 from flowrl.batch import Prompt
 from flowrl.cli import main
+from flowrl.clips import read_clip, texts_of
 from flowrl.config import ConfigError, load_recipe
 from flowrl.evaluate import Protocol, evaluate
-from flowrl.pictures import Cell, contact_sheet, file_stem, picture_bytes, read_facts, read_frames, sheet_pages, slug
+from flowrl.pictures import Cell, contact_sheet, file_stem, picture_bytes, read_facts, sheet_pages, slug
 from flowrl.policy import Policy
 from flowrl.sample import Settings, command_of, sample_to_folder
 from flowrl.samplers.steering import BestOfN, steer
@@ -38,7 +39,7 @@ def pixels(path: Path | str) -> np.ndarray:
 
 def pictures(folder: Path) -> list[Path]:
     """What was drawn, without sheets and reports."""
-    return sorted(path for path in folder.glob("*/*.png"))
+    return sorted(path for path in folder.glob("*/*.*"))
 
 
 def state(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -126,20 +127,13 @@ def test_a_folder_may_have_a_plus_in_its_name(tmp_path):
 
 
 def test_text_comes_back_out_of_a_picture(tmp_path):
-    """Prompts in any script, also with line ends; a clip's frames, also where neighbours are equal."""
+    """Prompts in any script, also with line ends."""
     facts = {"request": {"prompt": "猫 \n \u2028 é"}}
-    rng = np.random.default_rng(0)
-    frames = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(4)]
-    frames[2] = frames[1]
-    for name, picture in {"still": frames[0], "clip": frames, "frozen": [frames[0]] * 3}.items():
-        path = tmp_path / f"{name}.png"
-        path.write_bytes(picture_bytes(picture, {"flowrl": json.dumps(facts, ensure_ascii=False)}))
-        assert read_facts(path) == facts
-        if name == "still":
-            assert np.array_equal(pixels(path), np.array(frames[0]))
-        else:
-            back = read_frames(path, len(picture))
-            assert [np.array(frame).tobytes() for frame in back] == [np.array(frame).tobytes() for frame in picture]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    path = tmp_path / "still.png"
+    path.write_bytes(picture_bytes(picture, {"flowrl": json.dumps(facts, ensure_ascii=False)}))
+    assert read_facts(path) == facts
+    assert np.array_equal(pixels(path), np.array(picture))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", "plain", "cut"])
@@ -424,23 +418,54 @@ def test_one_particle_is_the_plain_sampler(tmp_path, model):
 # ------------------------------------------------------------------------------------------------ clips
 
 
-def test_clips(tmp_path):
-    """A video pipeline: animated PNGs, all frames, all text, drawn again from themselves, scored from their files."""
-    model, out = tmp_path / "wan", tmp_path / "out"
-    tiny("wan").save_pretrained(model)
-    (model / "flowrl.json").write_text(json.dumps({"call": CALL["wan"]}))
-    argv = ["sample", str(model), "a cat", *SHORT, "--out", str(out), "--rewards", "brightness", "--grid"]
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory) -> Path:
+    """A video pipeline's folder: clips of 5 frames, 8 a second."""
+    folder = tmp_path_factory.mktemp("models") / "wan"
+    tiny("wan").save_pretrained(folder)
+    (folder / "flowrl.json").write_text(json.dumps({"call": CALL["wan"], "fps": 8}))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["webp", "mp4"])
+def test_clips(tmp_path, wan, form):
+    """All frames, their rate, all text; drawn again from themselves, scored from their files, also where those lost something."""
+    out = tmp_path / "out"
+    argv = ["sample", str(wan), "a cat", *SHORT, "--out", str(out), "--rewards", "brightness", "--grid", "--clip-format", form]
     assert main(argv) == 0
     [path] = pictures(out)
-    with Image.open(path) as clip:
-        assert clip.is_animated and clip.size == (32, 32)
+    frames, rate = read_clip(path)
     facts = read_facts(path)
-    assert facts["resolved"]["num_frames"] == 5 and len(read_frames(path, 5)) == 5
+    assert (frames.shape, rate, path.suffix) == ((5, 32, 32, 3), 8, f".{form}")
+    assert (facts["resolved"]["num_frames"], facts["resolved"]["fps"]) == (5, 8)
+    assert table(out)[0]["rewards"]["brightness"] == pytest.approx(frames.mean() / 255, abs=1e-6)
+    assert "Frames: 5, FPS: 8" in texts_of(path)["parameters"]
     rows = table(out)
     assert main(argv) == 0
     assert table(out) == rows
     assert main(["sample", "--from", str(path), "--out", str(tmp_path / "again")]) == 0
     assert pictures(tmp_path / "again")[0].read_bytes() == path.read_bytes()
+    assert ("--clip-format mp4" in facts["command"]) == (form == "mp4")
+
+
+def test_the_rate_of_clips_can_be_said(tmp_path, wan):
+    assert main(["sample", str(wan), "a cat", *SHORT, "--out", str(tmp_path), "--fps", "12.5"]) == 0
+    [path] = pictures(tmp_path)
+    assert read_clip(path)[1] == 12.5 and "--fps 12.5" in read_facts(path)["command"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--call", "num_frames=6"], "num_frames=6: AutoencoderKLWan takes 4 k + 1 frames; the nearest are 5 and 9"),
+        (["--call", "num_frames=0"], "num_frames=0: a whole number, 1 at least"),
+        (["--fps", "0"], "fps=0.0: frames per second, more than 0 and at most 1000"),
+    ],
+)
+def test_clips_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path, wan, capsys, monkeypatch, argv, message):
+    monkeypatch.setattr(Policy, "load", None)
+    assert message in refused(capsys, "sample", wan, "a cat", *argv, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------ sheet

@@ -11,6 +11,7 @@ from PIL import Image
 
 from flowrl import Policy, Trainer, load_recipe
 from flowrl.batch import Prompt
+from flowrl.clips import read_clip
 from flowrl.evaluate import Protocol, compare, evaluate
 from flowrl.record import LORA_FILE, load_trained, read_metrics
 from flowrl.reward_models import load_reward

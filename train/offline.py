@@ -26,7 +26,7 @@ from torch import Tensor
 from flowrl.batch import Prompt, Samples
 from flowrl.config import ConfigError, Recipe, unknown
 from flowrl.data import sample_seed
-from flowrl.pairs import Source, load_pairs, load_picture
+from flowrl.pairs import Source, load_pairs, load_picture, load_shown
 from flowrl.policy import Policy
 from flowrl.tiny import render, sample_scene, split
 from flowrl.tiny.pairs import one_word_apart
@@ -143,6 +143,7 @@ class Data:
             [sample_seed(recipe.seed, step, position, row) for position, _, row in rows],
             torch.tensor([step * recipe.prompts_per_step + position for position, _, _ in rows]),
             latents.to(policy.device),
+            fps=policy.fps,
         )
         return samples, torch.tensor(signs)
 
@@ -163,9 +164,24 @@ class Data:
         return torch.cat([found[item] if item in found else self.latents[item] for item in items])
 
     def _pictures(self, item: int, policy: Policy) -> list[Tensor]:
-        pictures = [load_picture(source) for source in self.items[item]]
+        pictures = [load_shown(source)[0] if isinstance(source, Path) else load_picture(source) for source in self.items[item]]
+        for source, picture in zip(self.items[item], pictures, strict=True):
+            check_kind(str(source) if isinstance(source, Path) else f"row {item + 1}", picture, policy)
         size = (int(policy.call.get("height", pictures[0].shape[-2])), int(policy.call.get("width", pictures[0].shape[-1])))
         return [resized(picture, size) for picture in pictures]
+
+
+def check_kind(name: str, picture: Tensor, policy: Policy) -> None:
+    """Raise ValueError for a clip where the policy draws pictures, and for another length than that of its clips; a picture is a
+    clip of one frame."""
+    if not policy.facts.draws_clips:
+        if picture.ndim == 4:
+            raise ValueError(f"{name} is a clip, and {policy.name} draws pictures")
+        return
+    frames = len(picture) if picture.ndim == 4 else 1
+    if policy.num_frames not in (None, frames):
+        own = f"is a clip of {frames} frames" if picture.ndim == 4 else "is a picture"
+        raise ValueError(f"{name} {own}, and {policy.name} draws clips of {policy.num_frames} frames: set num_frames={frames}")
 
 
 def learns_from_data(needs: Needs) -> bool:
@@ -211,11 +227,14 @@ def parsed(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture (3, H, W) scaled to cover (height, width), and its middle: what a pipeline of this size can draw."""
+    """A picture (3, H, W), or a clip (F, 3, H, W), scaled to cover (height, width), and its middle: what a pipeline of this size
+    can draw."""
     if picture.shape[-2:] == size:
         return picture
     scale = max(size[0] / picture.shape[-2], size[1] / picture.shape[-1])
     shape: Any = [max(side, round(own * scale)) for side, own in zip(size, picture.shape[-2:], strict=True)]
-    grown = torch.nn.functional.interpolate(picture[None], shape, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    frames = picture if picture.ndim == 4 else picture[None]
+    grown = torch.nn.functional.interpolate(frames, shape, mode="bicubic", antialias=True).clamp(0, 1)
+    grown = grown if picture.ndim == 4 else grown[0]
     top, left = ((own - side) // 2 for side, own in zip(size, grown.shape[-2:], strict=True))
     return grown[..., top : top + size[0], left : left + size[1]]

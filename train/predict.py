@@ -23,7 +23,7 @@ class PolicyPredict:
     """`Predict` of one batch. rewards: by name, with weights (K,), for objectives that climb their gradient.
 
     reference: which weights are the reference's, "base" for the model as it was. look: is shown each velocity of the policy that
-    carries a graph.
+    carries a graph. context: of `Policy.decode`.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class PolicyPredict:
         weights: Tensor | None = None,
         accelerator: Any = None,
         look: Callable[[Point, Tensor], None] | None = None,
+        context: int | None = None,
     ):
-        self.policy, self.batch, self.accelerator, self.look = policy, batch, accelerator, look
-        self.texts = batch.texts
+        self.policy, self.batch, self.accelerator, self.look, self.context = policy, batch, accelerator, look, context
         self.reference_weights = "reference" if reference == "base" else reference
         self.reward_functions = rewards or {}
         self.weights = torch.ones(len(self.reward_functions)) if weights is None else weights
@@ -65,7 +65,7 @@ class PolicyPredict:
         if key not in self._known:
             state = (at,) if isinstance(at, Step) else (at.x, at.t)
             with torch.set_grad_enabled(graph), self.policy.using(weights):
-                self._known[key] = self.policy.velocity(self.texts, *state, **call)
+                self._known[key] = self.policy.velocity(self.batch.prompts, *state, **call)
             if self.look is not None and graph and weights == "policy":
                 self.look(at, self._known[key])
         return self._known[key]
@@ -111,21 +111,26 @@ class PolicyPredict:
     def pictures(self, x0: Tensor, frames: int | None = None) -> Tensor | None:
         if all(traits_of(reward).needs == ("latents",) for reward in self.reward_functions.values()):
             return None
-        images = self.policy.decode(x0, self.texts, batch_size=len(x0), with_graph=torch.is_grad_enabled())
+        options: dict[str, Any] = {"with_graph": torch.is_grad_enabled(), "context": self.context}
+        decode = partial(self.policy.decode, x0, self.batch.prompts, len(x0), **options)
         if frames is None:
-            return images
-        if images.ndim != 5:
+            return decode()
+        if not self.policy.facts.draws_clips:
             raise ValueError(f"frames={frames}: this model draws pictures, not clips; leave it unset")
-        kept = torch.randperm(images.shape[1], generator=self.rng)[:frames].sort().values
-        return images[:, kept.to(images.device)]
+        whole = None if self.policy.num_frames else decode()  # where the pipeline decides, its clips tell
+        count = self.policy.num_frames if whole is None else whole.shape[1]
+        kept = torch.randperm(count or 0, generator=self.rng)[:frames].sort().values.tolist()
+        return decode(frames=kept) if whole is None else whole[:, kept]
 
     def scores(self, x0: Tensor, images: Tensor | None) -> Tensor:
         batch = self.batch
+        whole = images is None or images.ndim != 5 or images.shape[1] == (self.policy.num_frames or images.shape[1])
+        fps = batch.fps if whole else None  # of a few frames there is no rate
         climbed = torch.is_grad_enabled() and (x0.requires_grad or (images is not None and images.requires_grad))
         columns = []
         for name, reward in self.reward_functions.items():
             latents, seen = x0.view_as(x0), None if images is None else images.view_as(images)
-            samples = Samples(batch.prompts, batch.seeds, batch.group, latents, seen, references=batch.references, fps=batch.fps)
+            samples = Samples(batch.prompts, batch.seeds, batch.group, latents, seen, references=batch.references, fps=fps)
             with failing_as(name):
                 check_needs(reward, samples, name)
                 values = reward(samples)

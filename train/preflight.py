@@ -91,7 +91,7 @@ def check_replay(trainer: Trainer, batch: Samples) -> None:
     exact = policy.autocast_dtype is None and trainer.recipe.dtype == "float32" and policy.device.type == "cpu"
     with torch.no_grad():
         for step in batch.steps:
-            v = policy.velocity(batch.texts, step)
+            v = policy.velocity(batch.prompts, step)
             ratio = (step.gaussian(v).log_prob(step.x_next) - step.log_prob).exp()
             worst = float((ratio - 1).abs().max())
             if worst > (0 if exact else 1e-5):

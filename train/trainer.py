@@ -7,8 +7,6 @@ attributes that a DistributedDataParallel wrapper would hide.
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 import sys
 import time
@@ -24,9 +22,12 @@ from torch import Tensor
 
 from flowrl import record
 from flowrl.batch import Noised, Point, Prompt, Samples, Step, concatenate
+from flowrl.clips import check_form
+from flowrl.conditions import check_conditions
 from flowrl.config import ConfigError, Plan, Recipe, build, unknown
 from flowrl.data import even_order, generators, load_prompts, prompt_order, sample_seed
 from flowrl.evaluate import Protocol, evaluate
+from flowrl.model_facts import ModelFacts
 from flowrl.policy import LORA_FILE, Policy, resolve_model
 from flowrl.references import attach, references_of
 from flowrl.reward_models.base import LearningReward, MapReward, ProcessReward, Reward, load_rewards, parts_of, traits_of
@@ -120,8 +121,12 @@ class Trainer:
         self.plan = plan_of(recipe, self.objective, trained, self.world, None if self.data is None else self.data.rows)
         self.checkpoint = record.find_checkpoint(recipe)
         self.changed = record.check_resumable(self.checkpoint, recipe) if self.checkpoint else []
+        check_form(recipe.clip_format)
+        if policy is not None:
+            _check_model(policy.facts, {**policy.call, **recipe.call_arguments()}, recipe, self)
+        elif (facts := ModelFacts.read(resolve_model(recipe.model))) is not None:
+            _check_model(facts, {**facts.call, **recipe.call_arguments()}, recipe, self)
         if policy is None:
-            _check_clips(resolve_model(recipe.model), self.eval_rewards)
             _check_lora(recipe.lora)
         if self.is_main:
             record.prepare_folder(self.folder, self.checkpoint)
@@ -140,6 +145,8 @@ class Trainer:
                 raise ConfigError(f"attention_backend={recipe.attention_backend}: {error}") from None
         _check_call(recipe, self.policy)
         self.policy.call.update(recipe.call_arguments())
+        if recipe.fps is not None:
+            self.policy.set_fps(recipe.fps)
         self._make_trainable()
         parameters = self.policy.trainable()
         self.gathering = _Metrics()  # of the update under way
@@ -268,7 +275,8 @@ class Trainer:
             and self.recipe.samples_steps
             and (self.progress.step % self.recipe.samples_steps == 0 or self.progress.step == 1)
         ):
-            record.write_samples(self.folder, self.progress.step, samples, scores, list(self.rewards), advantage)
+            shown = self.folder, self.progress.step, samples, scores, list(self.rewards), advantage
+            record.write_samples(*shown, recipe.clip_format)
         if self.watch is not None:
             metrics.update(self.watch.step(self, batches[0], samples, metrics))
             clock.lap("watch_time")
@@ -539,6 +547,7 @@ class Trainer:
             weights=self.weights_row,
             accelerator=self.accelerator,
             look=None if self.watch is None else self._see,
+            context=self.recipe.decode_context,
         )
 
     def _see(self, point: Point, v: Tensor) -> None:
@@ -859,20 +868,22 @@ def _best(rewards: dict[str, Reward], weights: dict[str, float], recipe: Recipe)
     return torch.where(known, best, torch.nan)
 
 
-def _check_clips(place: Path | str, rewards: dict[str, Reward]) -> None:
-    """Raises ConfigError when a reward wants clips of a pipeline that draws pictures, as far as its model_index.json lies here;
-    of others the first batch tells."""
-    wanting = [label for label, reward in rewards.items() if "clips" in traits_of(reward).needs]
-    index = Path(place) / "model_index.json"
-    if not wanting or not index.is_file():
+def _check_model(facts: ModelFacts, call: dict[str, Any], recipe: Recipe, trainer: Trainer) -> None:
+    """Raises ConfigError for what the model cannot do, as far as its configuration tells: clips of so many frames, clips at all
+    where a reward wants them, prompts without the picture that it starts from. Of a class of its own the first batch tells."""
+    if not facts.parameters:
         return
-    import diffusers
-
-    pipeline = getattr(diffusers, json.loads(index.read_text()).get("_class_name", ""), None)
-    if pipeline is not None and "num_frames" not in inspect.signature(pipeline.__call__).parameters:
+    if call.get("num_frames") is not None:
+        facts.check_frames(call["num_frames"])
+    wanting = [label for label, reward in trainer.eval_rewards.items() if "clips" in traits_of(reward).needs]
+    if wanting and not facts.draws_clips:
         raise ConfigError(
-            f"rewards.{wanting[0]} scores clips, and {pipeline.__name__} draws pictures: give a video model, or another reward"
+            f"rewards.{wanting[0]} scores clips, and {facts.pipeline} draws pictures: give a video model, or another reward"
         )
+    if recipe.fps is not None and not facts.draws_clips:
+        raise ConfigError(f"fps={recipe.fps:g}: {facts.pipeline} draws pictures; leave it out")
+    for prompts in (trainer.prompts, trainer.eval_prompts):
+        check_conditions(prompts, facts, call)
 
 
 def _check_lora(lora: str | None) -> None:

@@ -12,17 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flowrl.batch import Prompt, Samples
+from flowrl.batch import Prompt, Samples, stacked
+from flowrl.clips import rate_of
 from flowrl.commands.common import evaluate_model, is_averaged, make_folder, open_model, protocol, read_prompts, spread
 from flowrl.config import ConfigError
 from flowrl.evaluate import Evaluation, check_comparable, score_all
-from flowrl.kept import Kept, as_tensor, check_pictures_suffice
+from flowrl.kept import Kept, check_pictures_suffice
 from flowrl.layouts import LAYOUTS, Layout, export, export_root, find_pictures, parse, read_scores
+from flowrl.model_facts import DEFAULTS_FILE
 from flowrl.pairs import load_picture
-from flowrl.policy import DEFAULTS_FILE, EMBEDDED, resolve_model
+from flowrl.policy import EMBEDDED, resolve_model
 from flowrl.protocol import Protocol, differences, digest_of, reward_version
 from flowrl.record import trained_parts
 from flowrl.reward_models import Reward, load_reward
@@ -300,9 +303,17 @@ def score_folder(
     def read(part: Sequence[tuple[Prompt, int]]) -> Samples:
         start, count = next(place), len(part)
         files = places[start : start + count]
-        images = torch.stack([as_tensor(layout.read(file, index, protocol.seeds)) for file, index in files])
-        return Samples([p for p, _ in part], [s for _, s in part], torch.arange(count), torch.zeros(count, 0), images)
+        images = stacked([as_tensor(layout.read(file, i, protocol.seeds)) for file, i in files], [str(file) for file, _ in files])
+        nothing, fps = torch.zeros(count, 0), rate_of(files[0][0]) if images.ndim == 5 else None
+        return Samples([p for p, _ in part], [s for _, s in part], torch.arange(count), nothing, images, fps=fps)
 
     rewards, features = scoring.rewards, scoring.features
     result = score_all(read, known.prompts, rewards, protocol, known.model, size, progress=True, features=features)
     return replace(result, seeds=known.seeds, weights=known.weights, specs=scoring.specs)
+
+
+def as_tensor(picture: Any) -> Tensor:
+    """A picture (3, H, W), or a clip's frames (F, 3, H, W), in [0, 1]."""
+    if isinstance(picture, list):
+        return torch.stack([as_tensor(frame) for frame in picture])
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255

@@ -134,6 +134,7 @@ def said_of(found: Any) -> str:
 
 def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) -> tuple[Any, list[Any], str]:
     """Every model under the protocol of the first one's defaults, as cells; with tables of the comparison."""
+    from flowrl.clips import RATE
     from flowrl.comparison import Comparison, score_tables
     from flowrl.gallery import Cell, Table
     from flowrl.gallery.inputs import Inputs, trained_on
@@ -161,7 +162,8 @@ def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) ->
                 "command": command_of(request_for(model, prompt, result.seeds[p][s], settings)),
             }
             kind = prompt.columns.get("kind")
-            found.cells.append(Cell(result.model, prompt.text, s, picture, scores, None if kind is None else str(kind), details))
+            shown = None if kind is None else str(kind)
+            found.cells.append(Cell(result.model, prompt.text, s, picture, scores, shown, details, result.samples.fps or RATE))
     base = results[0]
     compared = [table for other in results[1:] for table in Comparison.of(base, other).tables()] or score_tables(results)
     tables = [Table(table.title, table.header, table.rows) for table in compared]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flowrl.commands.common import REWARDS_HELP, command, positive, quiet_libraries, read_prompts, spread, whole
 
 SAMPLE_HELP = """\
-Draw pictures: one PNG for each model, prompt and seed. All that drew a picture stands inside it, its name depends on prompt and
-seed alone, and the same command gives the same files: what is there already is kept, so an interrupted command goes on.
+Draw pictures: one PNG for each model, prompt and seed; of video models clips, as animated WebP or mp4. All that drew a picture
+stands inside it, its name depends on prompt and seed alone, and the same command gives the same files: what is there already is
+kept, so an interrupted command goes on.
 
   flowrl sample tiny-sd3 "a red circle" "two blue squares" --seeds 4 --grid
   flowrl sample tiny-sd3 --prompts tiny-test --limit 20 --rewards tiny_strict tiny_dense
@@ -45,6 +47,9 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
         "--seed", type=whole, nargs="+", metavar="SEED", help="the seeds themselves, or the first of --seeds (default 0)"
     )
     what.add_argument(
+        "--image", type=Path, metavar="FILE", help="what image-to-video models start from (prompt files: column image)"
+    )
+    what.add_argument(
         "--from", dest="source", type=Path, metavar="PICTURE", help="as this picture was drawn, but for what else is given"
     )
     how = sample.add_argument_group("how")
@@ -52,6 +57,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
     how.add_argument("--height", type=positive)
     how.add_argument("--width", type=positive)
+    how.add_argument("--fps", type=float, help="frames per second of clips (default: the model's own; Wan 16)")
     how.add_argument(
         "--transition",
         nargs="+",
@@ -74,6 +80,11 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     how.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     kept = sample.add_argument_group("what is kept")
     kept.add_argument("--out", type=Path, default=Path("samples"), help="folder (default samples), with the table samples.jsonl")
+    kept.add_argument(
+        "--clip-format",
+        choices=("webp", "mp4"),
+        help="how clips are stored: webp, lossless (default), or mp4, small (wants PyAV)",
+    )
     kept.add_argument("--rewards", "--reward", nargs="+", default=[], metavar="NAME", help=REWARDS_HELP)
     kept.add_argument(
         "--grid", action="store_true", help="also a labelled sheet, grid.png: prompts x models and seeds, rewards below"
@@ -107,12 +118,16 @@ def run_sample(arguments: argparse.Namespace) -> int:
         "call": {key: value for key, value in (call or {}).items() if key != "name"} or None,
         "dtype": arguments.dtype,
         "solver": arguments.solver,
+        "fps": arguments.fps,
     }
     before: dict[str, Any] = request_of(arguments.source) if arguments.source else {}
     given = {name: before.get(name) if value is None else value for name, value in given.items()}
     prompts = [Prompt(text) for text in arguments.prompts]
     if arguments.prompt_file:
         prompts += spread(read_prompts(arguments.prompt_file), arguments.limit)
+    if arguments.image:
+        shared = {"image": str(arguments.image.resolve())}
+        prompts = [replace(prompt, columns={**shared, **prompt.columns}) for prompt in prompts]
     if before and not prompts:
         prompts = [Prompt(before["prompt"], before["columns"])]
     if before and before["steer"] and not steers:
@@ -135,6 +150,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         device=arguments.device,
         progress=True,
+        clip_format=arguments.clip_format or ("mp4" if arguments.source and arguments.source.suffix == ".mp4" else "webp"),
     )
     report_samples(result)
     return 0

@@ -19,11 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from flowrl.gallery.originals import VIDEOS, Strip
+from flowrl.clips import FACTS, PARAMETERS, texts_of
+from flowrl.gallery.originals import VIDEOS
 from flowrl.gallery.page import Cell, Film, Frame
-from flowrl.pictures import FACTS, PARAMETERS
 
 TABLE = "samples.jsonl"
 METADATA = "metadata.jsonl"
@@ -181,6 +179,7 @@ def details_of(file: Path) -> dict[str, str]:
         "steps": call.get("num_inference_steps"),
         "guidance": call.get("guidance_scale"),
         "sampler": (request.get("steer") or request.get("transition") or {}).get("name"),
+        "fps": call.get("fps"),
         "weights": facts.get("weights"),
         "file": file.name,
         "command": facts.get("command"),
@@ -190,11 +189,7 @@ def details_of(file: Path) -> dict[str, str]:
 
 def _texts(file: Path) -> dict[str, str]:
     """The text chunks of a picture, as far as they can be read; FACTS only where it is the JSON of an object."""
-    try:
-        with Image.open(file) as image:
-            texts = {key: value for key, value in image.info.items() if key in (FACTS, PARAMETERS) and isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return {}
+    texts = texts_of(file)
     try:
         facts = json.loads(texts.get(FACTS, "null"))
     except ValueError:
@@ -214,7 +209,6 @@ def read_film(samples: Path, name: str | None, problems: list[str]) -> Film:
     kept = steps
     if len(steps) > FILM_STEPS:
         kept = [steps[round(i * (len(steps) - 1) / (FILM_STEPS - 1))] for i in range(FILM_STEPS)]
-    clip = recipe_of(run).get("num_frames") or 1
     frames, most = [], 0
     for step, table in kept:
         rows = [row for row in rows_of(table, problems) if _is_picture(row, table.parent, problems)]
@@ -223,9 +217,8 @@ def read_film(samples: Path, name: str | None, problems: list[str]) -> Film:
         cells = []
         for i in _one_by_one(rows)[:FILM_PICTURES]:
             file = table.parent / rows[i]["file"]
-            image = Strip(file, clip) if isinstance(clip, int) and clip > 1 else file
             seed = rows[i]["seed"] if type(rows[i].get("seed")) is int else i
-            cells.append(Cell(run.name, rows[i]["prompt"], seed, image, rewards[i]))
+            cells.append(Cell(run.name, rows[i]["prompt"], seed, file, rewards[i]))
         names = dict.fromkeys(label for values in rewards for label in values)
         frames.append(Frame(step, cells, {label: _mean([values.get(label) for values in rewards]) for label in names}))
     note = "Pictures of the training's own sampler, other prompts and seeds at each step. Curves are means over all saved ones."
@@ -398,12 +391,13 @@ def recipe_of(run: Path) -> dict[str, Any]:
 
 
 def scored(found: Inputs, rewards: Sequence[str], batch_size: int = 32) -> Inputs:
-    """The pictures with further rewards; what cannot be read stays without. Raises ConfigError for a reward that compares."""
+    """The pictures and clips with further rewards; what cannot be read stays without. Raises ConfigError for a reward that
+    compares."""
     import torch
 
     from flowrl.batch import Prompt, Samples
     from flowrl.config import ConfigError
-    from flowrl.pairs import load_picture
+    from flowrl.pairs import load_shown
     from flowrl.reward_models import load_reward
     from flowrl.reward_models.base import score, short_labels, traits_of
 
@@ -414,12 +408,11 @@ def scored(found: Inputs, rewards: Sequence[str], batch_size: int = 32) -> Input
     sizes: dict[Any, list[tuple[int, Any]]] = {}
     cells = list(found.cells)
 
-    def flush(batch: list[tuple[int, Any]]) -> None:
+    def flush(batch: list[tuple[int, Any]], fps: float | None) -> None:
         prompts = [Prompt(cells[i].prompt, found.columns.get(cells[i].prompt, {})) for i, _ in batch]
         images = torch.stack([pixels for _, pixels in batch])
-        samples = Samples(
-            prompts, [cells[i].seed for i, _ in batch], torch.arange(len(batch)), torch.zeros(len(batch), 0), images
-        )
+        nothing = torch.zeros(len(batch), 0)
+        samples = Samples(prompts, [cells[i].seed for i, _ in batch], torch.arange(len(batch)), nothing, images, fps=fps)
         for (i, _), values in zip(batch, score(scorers, samples).tolist(), strict=True):
             new = {label: None if value != value else round(value, 6) for label, value in zip(scorers, values, strict=True)}
             cells[i] = replace(cells[i], rewards={**cells[i].rewards, **new})
@@ -427,15 +420,15 @@ def scored(found: Inputs, rewards: Sequence[str], batch_size: int = 32) -> Input
 
     for i, cell in enumerate(cells):
         try:
-            pixels = load_picture(cell.image) if isinstance(cell.image, Path) else None
+            pixels, fps = load_shown(cell.image) if isinstance(cell.image, Path) else (None, None)
         except (OSError, ValueError):
             continue  # the page names it
         if pixels is not None:
-            batch = sizes.setdefault(pixels.shape, [])
+            batch = sizes.setdefault((pixels.shape, fps), [])
             batch.append((i, pixels))
             if len(batch) == batch_size:
-                flush(batch)
-    for batch in sizes.values():
+                flush(batch, fps)
+    for (_, fps), batch in sizes.items():
         if batch:
-            flush(batch)
+            flush(batch, fps)
     return replace(found, cells=cells)

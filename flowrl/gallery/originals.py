@@ -1,6 +1,6 @@
 """Pictures and clips into a gallery's folder: the original unchanged, and what the page shows in its place where that is lighter.
 
-images/NAME.png    the original, byte for byte where browsers show its format
+images/NAME.png    the original, byte for byte where browsers show its format; clips from memory become WebP
 thumbs/NAME.jpg    of a large picture: at most THUMBNAIL pixels. Of a clip: its frames, line by line in one picture, which the
                    page shows one after the other; so all clips keep one beat, and no encoder of videos is needed
 """
@@ -11,56 +11,32 @@ import hashlib
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 
-from flowrl.pictures import FRAME_MS, picture_bytes
-
-
-@dataclass(frozen=True)
-class Strip:
-    """A clip in one picture, its frames side by side, as runs save them."""
-
-    path: Path
-    count: int
-
-    def frames(self) -> list[Image.Image]:
-        """Raises ValueError where the width is not that of so many frames."""
-        with Image.open(self.path) as strip:
-            width = strip.width // self.count
-            if width * self.count != strip.width:
-                raise ValueError(f"{self.path.name} is {strip.width} pixels wide, not {self.count} frames")
-            return [strip.convert("RGB").crop((i * width, 0, (i + 1) * width, strip.height)) for i in range(self.count)]
-
+from flowrl.clips import RATE, clip_bytes, is_clip, read_clip
+from flowrl.pictures import picture_bytes
 
 #: What a cell shows: a picture, the frames of a clip, or a file of either.
-Source = Image.Image | Sequence[Image.Image] | Path | Strip
+Source = Image.Image | Sequence[Image.Image] | Path
 
 THUMBNAIL = 512  #: Longer side in pixels; larger originals get a thumbnail for the grid.
 FRAMES_PIXELS = 8 << 20  #: All frames of a clip together; they are reduced to this.
 MOST_FRAMES = 240
 EXACT = 128  #: Pictures up to this side are shown pixel by pixel, so their frames are stored without loss.
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif"}  #: Files that browsers show: copied unchanged.
-ANIMATED = {"PNG", "WEBP", "GIF"}
-VIDEOS = {".mp4": b"ftyp", ".webm": b"\x1a\x45\xdf\xa3"}  #: With what stands among their first bytes.
+VIDEOS = {".mp4": b"ftyp", ".webm": b"\x1a\x45\xdf\xa3"}  #: That browsers play, with what stands among their first bytes.
 PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
 
 
-def write_picture(folder: Path, name: str, source: Source, frame_ms: float = FRAME_MS) -> tuple[dict[str, Any], str]:
+def write_picture(folder: Path, name: str, source: Source, fps: float = RATE) -> tuple[dict[str, Any], str]:
     """Write a picture or clip; return what the page needs to show it, and a digest of its content.
 
     Keys: image (path), width, height; thumb; of clips frames {file, count, columns, ms}; of files in a video format video. Or
-    image None and a note that names the file. frame_ms: how long a clip in memory shows each frame.
+    image None and a note that names the file. fps: frames per second of a clip in memory.
     """
-    if isinstance(source, Strip):
-        strip = source
-        try:
-            source = strip.frames()
-        except (OSError, SyntaxError, ValueError):
-            source = strip.path  # shown as it is, or its fault is named
     image: Image.Image
     if isinstance(source, Path):
         if source.suffix.lower() in VIDEOS:
@@ -69,7 +45,7 @@ def write_picture(folder: Path, name: str, source: Source, frame_ms: float = FRA
             original = source.read_bytes()
             image = Image.open(io.BytesIO(original))
             image.load()  # a truncated file is found here, not by the reader of the page
-            frames, frame_ms = frames_of(image)
+            frames, fps = frames_of(source)
         except FileNotFoundError:
             return {"image": None, "note": f"Missing file: {source.name}"}, source.name
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow raises all of them for a damaged file
@@ -81,13 +57,13 @@ def write_picture(folder: Path, name: str, source: Source, frame_ms: float = FRA
         image, frames, original, suffix = source, [], _png_bytes(source), ".png"
     else:
         frames = [frame.convert("RGB") for frame in source]
-        image, original, suffix = frames[0], picture_bytes(frames, {}, frame_ms), ".png"
+        image, original, suffix = frames[0], clip_bytes(frames, fps), ".webp"
     path = f"images/{name}{suffix}"
     (folder / path).write_bytes(original)
     shown = image if frames else ImageOps.exif_transpose(image)
     picture: dict[str, Any] = {"image": path, "width": shown.width, "height": shown.height}
     if len(frames) > 1:
-        picture["frames"] = _write_frames(folder, name, frames) | {"ms": round(frame_ms, 2)}
+        picture["frames"] = _write_frames(folder, name, frames) | {"ms": round(1000 / fps, 2)}
     elif max(image.size) > THUMBNAIL:
         picture["thumb"] = _write_thumbnail(folder, name, shown)
     return picture, hashlib.sha256(original).hexdigest()
@@ -109,13 +85,14 @@ def _write_video(folder: Path, name: str, source: Path) -> tuple[dict[str, Any],
     return {"image": path, "video": True, "width": None, "height": None}, hashlib.sha256(original).hexdigest()
 
 
-def frames_of(image: Image.Image) -> tuple[list[Image.Image], float]:
-    """The frames of an animated file at an even pace, and that pace in milliseconds; none of a still picture."""
-    if image.format not in ANIMATED or not getattr(image, "is_animated", False):
-        return [], FRAME_MS
-    read = [(frame.convert("RGB"), float(frame.info.get("duration") or FRAME_MS)) for frame in ImageSequence.Iterator(image)]
-    pace = max(min(duration for _, duration in read), sum(duration for _, duration in read) / MOST_FRAMES)
-    return [frame for frame, duration in read for _ in range(max(1, round(duration / pace)))][:MOST_FRAMES], pace
+def frames_of(file: Path) -> tuple[list[Image.Image], float]:
+    """The frames of a clip at an even pace, and how many come in a second; none of a still picture. Raises as `read_clip`."""
+    if not is_clip(file):
+        return [], RATE
+    pixels, rate = read_clip(file)
+    rate, count = rate or RATE, min(len(pixels), MOST_FRAMES)
+    kept = [pixels[i * len(pixels) // count] for i in range(count)]
+    return [Image.fromarray(frame) for frame in kept], rate * count / len(pixels)
 
 
 def _write_frames(folder: Path, name: str, frames: Sequence[Image.Image]) -> dict[str, Any]:

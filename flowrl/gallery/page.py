@@ -19,8 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from flowrl.clips import RATE
 from flowrl.gallery.originals import Source, write_picture
-from flowrl.pictures import FRAME_MS
 
 MARKER = '<meta name="generator" content="flowrl gallery">'  # in page.html; tells our pages from other people's
 OURS = {"index.html", "images", "thumbs", ".DS_Store", "Thumbs.db"}  # a folder holding anything else is not replaced
@@ -40,7 +40,7 @@ class Cell:
     rewards: Mapping[str, float | None]  #: Higher is better. None or NaN: the reward abstains here.
     kind: str | None = None  #: Category of the prompt, for the filter.
     details: Mapping[str, str] = field(default_factory=dict)  #: For the detail view; "command" can be copied there.
-    frame_ms: float = FRAME_MS  #: How long a clip whose frames are given shows each of them.
+    fps: float = RATE  #: Frames per second of a clip whose frames are given.
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def write_cells(
 def write_cell(folder: Path, name: str, cell: Cell, rewards: dict[str, int]) -> tuple[dict[str, Any], str]:
     """Write the picture; return the cell as the page reads it, but for its rewards {index: value}, and the picture's digest."""
     values = {rewards.setdefault(label, len(rewards)): number(value, label) for label, value in cell.rewards.items()}
-    picture, content = write_picture(folder, name, cell.image, cell.frame_ms)
+    picture, content = write_picture(folder, name, cell.image, cell.fps)
     return picture | {"rewards": values, "details": {str(key): str(value) for key, value in cell.details.items()}}, content
 
 

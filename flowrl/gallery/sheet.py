@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from flowrl.gallery.originals import VIDEOS, Strip, frames_of
+from flowrl.gallery.originals import frames_of
 from flowrl.gallery.page import Cell
 from flowrl.pictures import Cell as Place
 from flowrl.pictures import reduced, sheet_files
@@ -48,21 +48,19 @@ def write_sheet(
 
 def _picture(cell: Cell, problems: dict[str, None]) -> Any:
     """The picture or the frames of a clip; None, and the problem, where there is nothing to draw."""
-    source = cell.image
-    if not isinstance(source, Path | Strip):
-        return source
-    path = source.path if isinstance(source, Strip) else source
+    path = cell.image
+    if not isinstance(path, Path):
+        return path
     try:
-        if isinstance(source, Strip):
-            return source.frames()
-        if path.suffix.lower() in VIDEOS:
-            problems[f"A sheet shows no video files: {path.name}"] = None
-            return None
+        if frames := frames_of(path)[0]:
+            return frames
         with Image.open(path) as image:
-            return frames_of(image)[0] or image.convert("RGB")
+            return image.convert("RGB")
     except FileNotFoundError:
         problems[f"Missing file: {path.name}"] = None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except ValueError as error:  # says which file, and what is missing to read it
+        problems[f"Unreadable file: {path.name}" + (" (it wants PyAV)" if "PyAV" in str(error) else "")] = None
+    except (OSError, SyntaxError, Image.DecompressionBombError):
         problems[f"Unreadable file: {path.name}"] = None
     return None
 

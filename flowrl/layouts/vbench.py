@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowrl.batch import Prompt
+from flowrl.clips import RATE, clip_bytes, is_clip, read_clip
 from flowrl.evaluate import Evaluation
 from flowrl.layouts.base import Layout, Results, Row, file_name, placing, score_of
+from flowrl.pictures import read_frames
 
 
 class Dimension(NamedTuple):
@@ -109,8 +112,7 @@ class VBench(Layout):
                 write_mp4(source, file)
 
     def read(self, place: Path, index: int, seeds: int) -> Any:
-        with video_library().open(str(place)) as container:
-            return [frame.to_image() for frame in container.decode(video=0)]
+        return read_frames(place)
 
     def files(self, path: Path) -> list[Path]:
         return sorted(path.rglob("*_eval_results.json")) if path.is_dir() else [path]
@@ -178,35 +180,12 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not JSON ({error})") from None
 
 
-def video_library() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise ValueError("mp4 wants the package av: pip install flowrl-diffusion[video]") from None
-    return av
-
-
 def write_mp4(source: Path, place: Path) -> None:
-    """A clip of `flowrl sample` (an animated PNG) as H.264, near to lossless, at its own frame rate."""
-    from fractions import Fraction
-
-    from PIL import Image
-
-    from flowrl.pictures import read_facts, read_frames
-
-    facts = read_facts(source)["resolved"]
-    frames = read_frames(source, facts.get("num_frames") or None)
-    if not isinstance(frames, list):
+    """A clip of `flowrl sample` as H.264, near to lossless, at its own frame rate; one that is that already as it is."""
+    if not is_clip(source):
         raise ValueError(f"vbench wants clips, and {source} is a picture: draw with a video model")
-    with Image.open(source) as image:
-        rate = Fraction(1000 / float(image.info.get("duration") or 125)).limit_denominator(1000)
-    av = video_library()
-    with av.open(str(place), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
-        stream.width, stream.height = (side - side % 2 for side in frames[0].size)  # 4:2:0 has half as many colours
-        stream.pix_fmt = "yuv420p"
-        for picture in frames:
-            for packet in stream.encode(av.VideoFrame.from_image(picture.crop((0, 0, stream.width, stream.height)))):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+    if source.suffix == place.suffix:
+        shutil.copyfile(source, place)
+        return
+    frames, rate = read_clip(source)
+    place.write_bytes(clip_bytes(frames, rate or RATE, "mp4"))

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from PIL import Image, UnidentifiedImageError
 
+from flowrl.clips import RATE, clip_bytes, is_clip, read_clip
 from flowrl.config import Recipe
 from flowrl.report.curves import Line, Mark, chart, short
 from flowrl.report.read import Run, Sample
@@ -360,8 +361,10 @@ def cell(sample: Sample, caption: str) -> str:
 
 
 def embedded(place: Path, most: int, alt: str) -> str:
-    """A picture inside the page, at most `most` pixels wide or high; a word in its place where it cannot be read."""
+    """A picture or clip inside the page, at most `most` pixels wide or high; a word in its place where it cannot be read."""
     try:
+        if is_clip(place):
+            return moving(place, most, alt)
         with Image.open(place) as image:
             image.thumbnail((most, most))  # reads a picture only as far as it needs
             kept = image.convert("RGB")
@@ -371,9 +374,22 @@ def embedded(place: Path, most: int, alt: str) -> str:
         return f'<span class="missing">{text(place.name)} cannot be read</span>'
     buffer = io.BytesIO()
     kept.save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    size = f'width="{kept.width}" height="{kept.height}"'
-    return f'<img {size} alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+    return inline(buffer.getvalue(), "png", kept.size, alt)
+
+
+def moving(place: Path, most: int, alt: str) -> str:
+    """A clip inside the page, its frames reduced, as an animated WebP."""
+    pixels, rate = read_clip(place)
+    frames = [Image.fromarray(frame) for frame in pixels]
+    for frame in frames:
+        frame.thumbnail((most, most))
+    return inline(clip_bytes(frames, rate or RATE, quality=85), "webp", frames[0].size, alt)
+
+
+def inline(content: bytes, kind: str, size: tuple[int, int], alt: str) -> str:
+    """The element of a picture that stands in the page itself."""
+    data, words = base64.b64encode(content).decode(), html.escape(alt, quote=True)
+    return f'<img width="{size[0]}" height="{size[1]}" alt="{words}" src="data:image/{kind};base64,{data}">'
 
 
 # ------------------------------------------------------------------------------------------------ cost, settings

@@ -64,8 +64,8 @@ class PolicyModel(Model):
 
     def draw_start(self, n: int) -> tuple[Tensor, Tensor]:
         seeds = [particle_seed(seed, j) for seed in self.seeds for j in range(n)]
-        texts = self._texts(n)
-        parts = [self.policy.trunk(texts[rows], seeds[rows], 0, **self.call)[:2] for rows in self._rows(len(texts))]
+        items = self._items(n)
+        parts = [self.policy.trunk(items[rows], seeds[rows], 0, **self.call)[:2] for rows in self._rows(len(items))]
         state, v = (torch.cat(column) for column in zip(*parts, strict=True))
         self.dtype = state.dtype
         return self._unflat(state, n), self._unflat(v, n)
@@ -82,17 +82,17 @@ class PolicyModel(Model):
         return torch.stack([torch.rand(n, generator=generator, dtype=torch.float64) for generator in self.own])
 
     def predict(self, state: Tensor, node: int) -> Tensor:
-        def call(texts: list[str], native: Tensor) -> Tensor:
+        def call(items: list[Prompt], native: Tensor) -> Tensor:
             t, t_next = self.t[node], self.t[node + 1]
             return self.policy.velocity(
-                texts, Step(native, native, t, t_next, self.t_max, torch.empty(0), node, ODE()), **self.call
+                items, Step(native, native, t, t_next, self.t_max, torch.empty(0), node, ODE()), **self.call
             )
 
         return self._batched(call, state)
 
     def predict_at(self, x: Tensor, t: float) -> Tensor:
-        def call(texts: list[str], part: Tensor) -> Tensor:
-            return self.policy.velocity(texts, part, torch.full((len(part),), t, device=part.device), **self.call)
+        def call(items: list[Prompt], part: Tensor) -> Tensor:
+            return self.policy.velocity(items, part, torch.full((len(part),), t, device=part.device), **self.call)
 
         return self._batched(call, x)
 
@@ -113,17 +113,19 @@ class PolicyModel(Model):
         """Final states (P, n, ...) as samples with their pictures, population by population."""
         n = state.shape[1]
         flat = state.flatten(0, 1)
-        images = self.policy.decode(flat, self._texts(n), batch_size=self.batch_size, with_graph=state.requires_grad, **self.call)
+        items, graph = self._items(n), state.requires_grad
+        images = self.policy.decode(flat, items, batch_size=self.batch_size, with_graph=graph, **self.call)
         return Samples(
-            prompts=[item for item in self.items for _ in range(n)],
+            prompts=items,
             seeds=[particle_seed(seed, j) for seed in self.seeds for j in range(n)],
             group=torch.tensor([group for group in self.groups for _ in range(n)], dtype=torch.int64),
             latents=flat,
             images=images,
+            fps=self.policy.facts.fps({**self.policy.call, **self.call}),
         )
 
-    def _texts(self, n: int) -> list[str]:
-        return [text for text in self.prompts for _ in range(n)]
+    def _items(self, n: int) -> list[Prompt]:
+        return [item for item in self.items for _ in range(n)]
 
     def _rows(self, count: int) -> list[slice]:
         return [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
@@ -134,7 +136,7 @@ class PolicyModel(Model):
     def _numbers(self, values: Tensor, like: Tensor) -> Tensor:
         return self._unflat(values.float().to(like.device), like.shape[1])
 
-    def _batched(self, call: Callable[[list[str], Tensor], Tensor], states: Tensor) -> Tensor:
+    def _batched(self, call: Callable[[list[Prompt], Tensor], Tensor], states: Tensor) -> Tensor:
         n = states.shape[1]
-        texts, flat = self._texts(n), states.flatten(0, 1)
-        return self._unflat(torch.cat([call(texts[rows], flat[rows]) for rows in self._rows(len(flat))]), n)
+        items, flat = self._items(n), states.flatten(0, 1)
+        return self._unflat(torch.cat([call(items[rows], flat[rows]) for rows in self._rows(len(flat))]), n)
