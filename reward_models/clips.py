@@ -23,8 +23,13 @@ def clips_of(samples: Samples, name: str, frames: int = 1) -> Tensor:
 
 
 def rate_of(samples: Samples, fps: float | None, name: str) -> float:
-    """Frames per second: of the reward's option where it is set, else of the samples. Raises RewardError where neither says."""
+    """Frames per second: of the samples, or the reward's option where they do not say. Raises RewardError where neither says, and
+    where they contradict each other."""
     rate = samples.fps if fps is None else fps
+    if fps is not None and samples.fps is not None and not math.isclose(fps, samples.fps, rel_tol=0.01):  # 24 and 23.976 are one
+        raise RewardError(
+            f"reward {name!r} is set to fps={fps:g}, and these clips have {samples.fps:g} frames per second: leave the option out"
+        )
     if rate is None:
         raise RewardError(f"reward {name!r} wants the frame rate of the clips: set its option fps")
     if not (math.isfinite(rate) and rate > 0):

@@ -7,6 +7,7 @@ attributes that a DistributedDataParallel wrapper would hide.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -882,6 +883,14 @@ def _check_model(facts: ModelFacts, call: dict[str, Any], recipe: Recipe, traine
         )
     if recipe.fps is not None and not facts.draws_clips:
         raise ConfigError(f"fps={recipe.fps:g}: {facts.pipeline} draws pictures; leave it out")
+    rate = facts.fps(call) if recipe.fps is None else recipe.fps
+    for label, reward in trainer.eval_rewards.items():
+        own = next((part.fps for part in parts_of(reward) if isinstance(getattr(part, "fps", None), int | float)), rate)
+        if rate is not None and own is not None and not math.isclose(own, rate, rel_tol=0.01):
+            raise ConfigError(
+                f"rewards.{label}: fps={own:g}, and the clips of this run have {rate:g} frames per second: leave the reward's "
+                "option out, or set the recipe's fps"
+            )
     for prompts in (trainer.prompts, trainer.eval_prompts):
         check_conditions(prompts, facts, call)
 

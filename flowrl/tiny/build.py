@@ -44,7 +44,8 @@ def export(settings: Settings, pipe: Any, info: dict[str, Any]) -> None:
     pipe.save_pretrained(fresh, safe_serialization=True)
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)  # written as 0600; an installed package is read by others
-    (fresh / "flowrl.json").write_text(json.dumps({"call": settings.of.CALL}, indent=2) + "\n")
+    rate = {"fps": settings.of.FPS} if hasattr(settings.of, "FPS") else {}
+    (fresh / "flowrl.json").write_text(json.dumps({"call": settings.of.CALL, **rate}, indent=2) + "\n")
     (fresh / "README.md").write_text(evaluate.card(settings, info))
     _swap_in(fresh, settings.out)
 

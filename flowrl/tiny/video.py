@@ -33,6 +33,7 @@ CALL = {
     "num_frames": FRAMES,
     "max_sequence_length": MAX_TOKENS,
 }
+FPS = 8  #: Frames per second of its clips; they travel with it too.
 #: The kinds in the training mix: what is hard is shown more often.
 KIND_WEIGHTS = {"still": 0.6, "direction": 0.8, "color": 1.0, "speed": 1.0, "size": 1.0, "two": 1.6}
 EXTRA_WORDS = ("clip", "of", "fast", "slow", "big", "small", "orange", "white", "turning", "jumping", "diagonally")
@@ -180,7 +181,7 @@ pipe = WanPipeline.from_pretrained(model_path("tiny-wan"))
 frames = pipe("a red circle moving left", {", ".join(f"{k}={v}" for k, v in CALL.items())}).frames[0]
 ```
 
-`flowrl.json` holds these call arguments.
+`flowrl.json` holds these call arguments, and the rate of its clips: {FPS} frames a second.
 
 ## Data
 
