@@ -21,6 +21,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 printable stand-ins of byte-level BPE
@@ -38,6 +39,14 @@ STABLE_DIFFUSION = {
     "skip_prk_steps": True,
 }
 
+
+def start_picture(colour: str) -> Image.Image:
+    """What an image-to-video pipeline starts from: a square of a colour on white, off the middle."""
+    picture = Image.new("RGB", (40, 40), "white")
+    picture.paste(colour, (4, 10, 24, 30))
+    return picture
+
+
 SMALL: dict[str, Any] = {"height": 32, "width": 32}
 CALL: dict[str, dict[str, Any]] = {
     "sd15": {**SMALL, "guidance_scale": 1.0},
@@ -47,6 +56,7 @@ CALL: dict[str, dict[str, Any]] = {
     "flux": {**SMALL, "guidance_scale": 3.5, "true_cfg_scale": 1.0, "max_sequence_length": 32},
     "qwenimage": {**SMALL, "true_cfg_scale": 1.0, "max_sequence_length": 64},
     "wan": {**SMALL, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 32},
+    "wan_i2v": {**SMALL, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 32, "image": start_picture("teal")},
     "ltx": {**SMALL, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 32},
 }
 GUIDED: dict[str, dict[str, Any]] = {
@@ -56,6 +66,7 @@ GUIDED: dict[str, dict[str, Any]] = {
     "flux": {"true_cfg_scale": 4.0, "negative_prompt": "blurry"},
     "qwenimage": {"true_cfg_scale": 4.0, "negative_prompt": "blurry"},
     "wan": {"guidance_scale": 5.0},
+    "wan_i2v": {"guidance_scale": 5.0},
     "ltx": {"guidance_scale": 5.0},
 }
 
@@ -310,6 +321,37 @@ def _wan(seed: int) -> diffusers.WanPipeline:
     return diffusers.WanPipeline(**_t5(seed, kind="UMT5"), transformer=transformer, vae=vae, scheduler=scheduler)
 
 
+def _wan_i2v(seed: int) -> diffusers.WanImageToVideoPipeline:
+    """Wan 2.1's: latents, a mask and the encoded picture side by side, 16 + 4 + 16 channels, and the picture's CLIP states."""
+    transformer = _seeded(
+        seed,
+        diffusers.WanTransformer3DModel,
+        gain=2.0,
+        in_channels=36,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        image_dim=16,
+        added_kv_proj_dim=24,
+    )
+    shape: dict[str, Any] = {"hidden_size": 16, "projection_dim": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**shape, num_hidden_layers=2, image_size=32, patch_size=8)
+    size = {"height": 32, "width": 32}
+    return diffusers.WanImageToVideoPipeline(
+        **_t5(seed, kind="UMT5"),
+        transformer=transformer,
+        vae=_seeded(seed, diffusers.AutoencoderKLWan, gain=1.3, base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        image_encoder=_seeded(seed, transformers.CLIPVisionModel, vision, gain=2.0),
+        image_processor=transformers.CLIPImageProcessor(crop_size=size, size={"shortest_edge": 32}),
+        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
 def _ltx(seed: int) -> diffusers.LTXPipeline:
     transformer = _seeded(
         seed,
@@ -348,6 +390,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "flux": _flux,
     "qwenimage": _qwenimage,
     "wan": _wan,
+    "wan_i2v": _wan_i2v,
     "ltx": _ltx,
 }
 DENOISER: dict[str, str] = {name: "unet" if name in ("sd15", "sdxl") else "transformer" for name in BUILDERS}
