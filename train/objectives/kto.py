@@ -69,7 +69,7 @@ class KTO:
         values = weight * (1 - UTILITIES[self.utility](advantage.sign() * self.beta * (g - Q0)))
         metrics: dict[str, Tensor | float] = {
             "policy_loss": values.detach(),
-            "baseline": float(Q0),
+            "baseline": Q0,
             "desirable": good.float(),
             "error": m.detach(),
             "change": -g.detach(),
