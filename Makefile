@@ -10,7 +10,7 @@ demo: .venv/installed
 	rm -rf runs/demo
 	$(BIN)/flowrl train quickstart output_dir=runs/demo
 	$(BIN)/flowrl eval runs/demo --against tiny-sd3 --out runs/demo/eval.json
-	$(BIN)/flowrl gallery tiny-sd3 runs/demo --out runs/demo/gallery --title "Flow-GRPO on two CPU cores"
+	$(BIN)/flowrl gallery tiny-sd3 runs/demo --out runs/demo/gallery --title "Reinforcement learning on two CPU cores"
 	@echo "Open runs/demo/gallery/index.html: the same prompts and seeds, before and after."
 
 test: .venv/installed-dev

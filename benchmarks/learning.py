@@ -2,10 +2,10 @@
 
     python benchmarks/learning.py                                     the quick start, seeds 0 1 2
     python benchmarks/learning.py --seeds 0 --max-minutes 30          a long run
-    python benchmarks/learning.py quickstart objective.beta=0.01      any recipe, any override
+    python benchmarks/learning.py tiny-grpo objective.beta=0.1        any recipe, any override
 
-Every seed is a run of its own under --out. The evaluation is pinned: 120 held-out prompts x 4 pictures, 20 ODE steps, averaged
-weights, intervals by a paired bootstrap over prompts. Writes results.json and curve.png.
+Every seed is a run of its own under --out, taken up where it stopped. The evaluation is pinned: 120 held-out prompts x 4
+pictures, 20 ODE steps, averaged weights, intervals by a paired bootstrap over prompts. Writes results.json and curve.png.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from flowrl.commands.common import quiet_libraries
-from flowrl.config import load_recipe
+from flowrl.config import Recipe, load_recipe
 from flowrl.data import load_prompts
 from flowrl.evaluate import Evaluation, Protocol, compare, comparison_rows, evaluate, text_table
-from flowrl.record import load_trained, read_metrics
+from flowrl.record import checkpoints, load_trained, read_metrics
 from flowrl.reward_models import load_reward
 from flowrl.train import Trainer
 
@@ -28,6 +29,22 @@ def scores_of(model: str | Path, name: str, protocol: Protocol) -> Evaluation:
     policy = load_trained(model)
     rewards = {reward: load_reward(reward) for reward in ("tiny_strict", "tiny_dense")}
     return evaluate(policy, load_prompts(protocol.prompts), rewards, protocol, name=name, progress=True)
+
+
+def run(recipe: Recipe, base: Evaluation) -> dict[str, Any]:
+    """One run, or what is left of it: before, after, interval, minutes, pictures, alarms of the watch. Kept in its folder."""
+    folder = Path(recipe.output_dir)
+    kept = folder / "result.json"
+    if not kept.is_file():
+        recipe.resume_from_checkpoint = "latest" if checkpoints(folder) else None
+        trainer = Trainer(recipe)
+        trainer.train()
+        tuned = scores_of(folder, f"seed {recipe.seed}", base.protocol)
+        print(text_table(*comparison_rows(base, tuned, "tiny_strict")), flush=True)
+        facts = {"minutes": trainer.progress.seconds / 60, "images": trainer.progress.images}
+        kept.write_text(json.dumps({**vars(compare(base, tuned, "tiny_strict")), **facts}) + "\n")
+    alarms = folder / "alarms.jsonl"
+    return {**json.loads(kept.read_text()), "alarms": len(alarms.read_text().splitlines()) if alarms.is_file() else 0}
 
 
 def draw(curves: dict[str, list[dict]], base: float, path: Path) -> None:
@@ -73,17 +90,12 @@ def main() -> None:
         overrides = [*arguments.overrides, f"seed={seed}", f"output_dir={folder}"]
         if arguments.max_minutes:
             overrides += [f"max_minutes={arguments.max_minutes}", "max_steps=100000"]
-        trainer = Trainer(load_recipe(arguments.recipe, overrides))
-        trainer.train()
-        tuned = scores_of(folder, f"seed {seed}", protocol)
-        print(text_table(*comparison_rows(base, tuned, "tiny_strict")), flush=True)
-        difference = compare(base, tuned, "tiny_strict")
-        results[seed] = {**vars(difference), "minutes": trainer.progress.seconds / 60, "images": trainer.progress.images}
+        results[seed] = run(load_recipe(arguments.recipe, overrides), base)
         curves[f"seed {seed}"] = read_metrics(folder)
-    print("\nseed  base   tuned  difference (95 % interval)   minutes  images")
+    print("\nseed  base   tuned  difference (95 % interval)   minutes  images  alarms")
     for seed, r in results.items():
         interval = f"{r['tuned'] - r['base']:+.3f} ({r['low']:+.3f} to {r['high']:+.3f})"
-        print(f"{seed:<6}{r['base']:.3f}  {r['tuned']:.3f}  {interval:<27}{r['minutes']:>8.1f}{r['images']:>8}")
+        print(f"{seed:<6}{r['base']:.3f}  {r['tuned']:.3f}  {interval:<27}{r['minutes']:>8.1f}{r['images']:>8}{r['alarms']:>8}")
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(curves, base.mean("tiny_strict"), arguments.out / "curve.png")
 

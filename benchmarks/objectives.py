@@ -41,11 +41,11 @@ ALWAYS = {"tiny_strict": 1.0, "tiny_dense": 1.0}
 
 def names() -> list[str]:
     """The objectives that have a tiny recipe."""
-    return ["grpo", *(name.removeprefix("tiny-") for name in recipe_names() if name.startswith("tiny-"))]
+    return ["nft", *(name.removeprefix("tiny-") for name in recipe_names() if name.startswith("tiny-"))]
 
 
 def recipe_of(name: str, *overrides: str) -> Recipe:
-    return load_recipe("quickstart" if name == "grpo" else f"tiny-{name}", overrides)
+    return load_recipe("quickstart" if name == "nft" else f"tiny-{name}", overrides)
 
 
 def train(

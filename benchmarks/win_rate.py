@@ -40,7 +40,7 @@ def noise(images: Tensor, prompts: list[str]) -> list[float]:
 def train(arm: str, seed: int, out: Path, overrides: list[str]) -> None:
     """One run, or the rest of one."""
     folder = out / f"{arm}-{seed}"
-    recipe = load_recipe("quickstart", ["eval_steps=0", *overrides, f"seed={seed}", f"output_dir={folder}"])
+    recipe = load_recipe("tiny-grpo", ["eval_steps=0", *overrides, f"seed={seed}", f"output_dir={folder}"])
     recipe.rewards = ARMS[arm][1]
     if arm == "par":
         recipe.references = {"name": "base", "count": 2}

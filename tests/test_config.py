@@ -71,7 +71,7 @@ def test_every_option_is_documented():
 
 
 def test_a_recipe_survives_its_own_yaml():
-    recipe = load_recipe("quickstart", ["objective.epsilon=1e-5", "rewards.brightness=0.5", "lora_targets=[to_q]"])
+    recipe = load_recipe("tiny-grpo", ["objective.epsilon=1e-5", "rewards.brightness=0.5", "lora_targets=[to_q]"])
     assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 

@@ -227,7 +227,7 @@ def test_the_recipe_reaches_the_rollout():
 
 
 def test_a_noise_level_that_falls_is_an_option_of_the_recipe():
-    recipe = load_recipe("quickstart", ["transition.decay=cosine", "transition.final_level=0.2"])
+    recipe = load_recipe("tiny-grpo", ["transition.decay=cosine", "transition.final_level=0.2"])
     assert parts(recipe)[1] == CPS(0.7, decay="cosine", final_level=0.2)
     for overrides, message in (
         (["transition.decay=linear"], "transition.decay='linear': choose one of none, cosine"),
@@ -236,10 +236,10 @@ def test_a_noise_level_that_falls_is_an_option_of_the_recipe():
         (["transition=memoryless", "transition.noise_level=1"], "unknown transition option 'noise_level'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            parts(load_recipe("quickstart", overrides))
+            parts(load_recipe("tiny-grpo", overrides))
 
 
 def test_glass_is_refused_in_training_in_one_line():
     with pytest.raises(ConfigError, match="glass has no density in closed form.*choose flow_sde") as error:
-        parts(load_recipe("quickstart", ["transition=glass", "transition.inner=3"]))
+        parts(load_recipe("tiny-grpo", ["transition=glass", "transition.inner=3"]))
     assert "\n" not in str(error.value)
