@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from flowrl.clips import clip_bytes
 from flowrl.gallery import Cell, Film, Frame, write_gallery
 from flowrl.pairs import load_pairs
 from tests.gallery import COLOURS, HOSTILE, ROWS, cell, eventually, example_cells, lines, shape_picture
@@ -247,6 +248,33 @@ def test_clips_keep_one_beat(show, tmp_path):
     page.locator(".picture").first.click()
     page.keyboard.press("p")
     eventually(page, f"{FRAMES}.slice(-3).join() === '4,4,4'")
+
+
+def test_webp_and_mp4_of_one_clip_go_together(show, tmp_path):
+    """Eight frames, eight a second, in both forms: paused at a half both are 0.5 s in, frame 4; playing, they stay near."""
+    for form in ("webp", "mp4"):
+        (tmp_path / f"clip.{form}").write_bytes(clip_bytes(ramp(8), 8, form))
+    cells = [cell("webp", image=tmp_path / "clip.webp"), cell("mp4", image=tmp_path / "clip.mp4")]
+    page = show(write_gallery(tmp_path / "g", cells, title="T"))
+    video = "document.querySelector('video')"
+    eventually(page, f"{video}.readyState >= 2 && Math.abs({video}.duration - 1) < 0.05")
+    eventually(page, f"{video}.currentTime > 0.3")
+    late = page.evaluate(f"[{video}.currentTime, {FRAMES}[0] / 8]")
+    assert abs((late[0] - late[1] + 0.5) % 1 - 0.5) < 0.4, late
+    page.locator("#play").click()
+    page.locator("#time").fill("510")
+    eventually(page, f"{FRAMES}[0] === 4 && Math.abs({video}.currentTime - 0.51) < 0.03")
+    assert page.evaluate(f"[{video}.paused, {video}.classList.contains('tiny')]") == [True, True]
+
+
+def test_clips_can_be_paused_in_the_film_of_a_training(show, tmp_path):
+    frames = [Frame(step, [cell("run", image=ramp(8), fps=10)], {"verify": 0.5}) for step in (1, 2)]
+    page = show(write_gallery(tmp_path / "g", [], title="T", films=[Film("run", frames)]))
+    eventually(page, f"{FRAMES}[0] >= 2")
+    page.locator("#play").click()
+    page.locator("#time").fill("510")
+    page.wait_for_timeout(200)
+    assert set(page.evaluate(FRAMES)) == {4}
 
 
 def element(name: str, *parts: bytes) -> bytes:

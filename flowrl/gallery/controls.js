@@ -94,7 +94,7 @@ function syncControls() {
   byId("size").hidden = view === "film" || view === "vote";
   byId("wiping").hidden = view !== "wipe";
   byId("time").hidden = !anyClips;
-  byId("play").hidden = !(anyClips || view === "blink") || view === "film";
+  byId("play").hidden = !(anyClips || view === "blink");
   byId("size").querySelector(`[value=${state.size}]`).checked = true;
   for (const button of byId("views").children) button.setAttribute("aria-pressed", String(button.value === view));
   root.dataset.size = state.size;

@@ -59,7 +59,10 @@ function videoBox(cell, alt) {
   const video = el("video", { muted: true, playsInline: true, preload: "auto", "aria-label": alt, src: cell.image });
   const known = () => Number.isFinite(video.duration);
   video.onerror = () => lose(video, cell.image);
-  video.onloadedmetadata = () => { video.loop = !known(); }; // a recording without a length keeps its own time
+  video.onloadedmetadata = () => {
+    video.loop = !known(); // a recording without a length keeps its own time
+    video.classList.toggle("tiny", Math.max(video.videoWidth, video.videoHeight) <= 128);
+  };
   watchClip(video, {
     length: () => (known() ? 1000 * video.duration : 0),
     show(time) {
