@@ -83,7 +83,7 @@ def differences(ours: Protocol, theirs: Protocol, *rewards: str) -> list[str]:
             a, b = f"{ours.prompts} ({a})", f"{theirs.prompts} ({b})"
             found.append(f"prompts: {a} against {b}")
         elif item.name == "call" and ours.size and theirs.size:
-            a, b = ({k: v for k, v in call.items() if k not in ("height", "width")} for call in (a, b))
+            a, b = ({k: v for k, v in call.items() if k not in ("height", "width", "num_frames")} for call in (a, b))
             found += [f"call: {a!r} against {b!r}"] if a != b else []
         elif item.name == "size":
             found.append(f"size: {' x '.join(map(str, a))} against {' x '.join(map(str, b))}")

@@ -12,6 +12,7 @@ from PIL import Image
 import flowrl.train.offline as offline
 from flowrl import Policy
 from flowrl.cli import main
+from flowrl.clips import clip_bytes
 from flowrl.config import ConfigError, load_recipe
 from flowrl.record import read_metrics
 from flowrl.tiny import verify
@@ -233,6 +234,35 @@ def test_supervised_methods_keep_the_preferred_pictures(recipe, pictures, object
         data.encoded([0], model)
     model.call["num_frames"] = 1
     assert data.encoded([0, 1], model).shape == (2, 16, 1, 4, 4)
+
+
+def clip_pairs(folder, frames: int = 5) -> str:
+    """Two samples of a run for each of two prompts: a clip that brightens and one that darkens."""
+    rows = []
+    for p in range(2):
+        for k in range(2):
+            shown = [Image.new("RGB", (32, 32), (10 * i + p,) * 3) for i in (range(frames), range(frames, 0, -1))[k]]
+            (folder / f"{p}{k}.webp").write_bytes(clip_bytes(shown, 16))
+            rows.append({"file": f"{p}{k}.webp", "prompt": f"p{p}", "group": p, "rewards": {"r": float(k)}})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_clips_of_a_run_are_learnt_from_whole(recipe, tmp_path):
+    """Two pairs of five frames for a model of five frames; other lengths are refused, and clips for models of pictures."""
+    source = clip_pairs(tmp_path)
+    _, rows = short_run(recipe, tmp_path, "objective=dpo", f"data={source}", *OFFLINE, name="wan", steps=1)
+    assert rows[0]["rows"] == 4 and rows[0]["policy_loss"] == pytest.approx(math.log(2))
+    data = Data.load(source, PAIR)
+    latents = data.encoded([0], policy("wan"))
+    assert latents.shape == (2, 16, 2, 4, 4) and not torch.equal(latents[0], latents[1])
+    with pytest.raises(ConfigError, match=r"01\.webp is a clip, and StableDiffusion3Pipeline draws pictures"):
+        Data.load(source, PAIR).encoded([0], policy("sd3"))
+    longer = Data.load(clip_pairs(tmp_path, frames=9), PAIR)
+    with pytest.raises(
+        ConfigError, match=r"01\.webp is a clip of 9 frames, and WanPipeline draws clips of 5 frames: set num_frames=9"
+    ):
+        longer.encoded([0], policy("wan"))
 
 
 def test_learning_from_pairs(recipe, pictures):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -17,10 +18,11 @@ import yaml
 from PIL import Image
 
 from flowrl.cli import main
+from flowrl.clips import clip_bytes, read_clip
 from flowrl.config import ConfigError, Recipe
 from flowrl.report import read_run, write_report
 from flowrl.report.curves import Line, Mark, change, chart, padded, short, smoothed, ticks
-from flowrl.report.page import render, spread
+from flowrl.report.page import embedded, render, spread
 from tests.gallery import HOSTILE, shape_picture
 
 pytest_plugins = ["tests.browser"]  # the browser
@@ -355,6 +357,21 @@ def test_colours_follow_the_system(run, tmp_path, show):
     assert papers == ["rgb(250, 249, 246)", "rgb(22, 22, 20)"] and strokes[0] != strokes[1]
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.parametrize("form", ["webp", "mp4"])
+def test_clips_move_in_the_page(tmp_path, form):
+    """Five frames of 400 x 200 at 8 a second become five of 192 x 96, animated, in the page itself."""
+    frames = [shape_picture(i, size=400).crop((0, 0, 400, 200)) for i in range(5)]
+    (tmp_path / f"a.{form}").write_bytes(clip_bytes(frames, 8, form))
+    element = embedded(tmp_path / f"a.{form}", 192, "a <clip>")
+    found = re.fullmatch(r'<img width="192" height="96" alt="a &lt;clip&gt;" src="data:image/webp;base64,([^"]+)">', element)
+    assert found
+    (tmp_path / "back.webp").write_bytes(base64.b64decode(found[1]))
+    pixels, rate = read_clip(tmp_path / "back.webp")
+    assert pixels.shape == (5, 96, 192, 3) and rate == 8
+    (tmp_path / f"cut.{form}").write_bytes(clip_bytes(frames, 8, form)[:200])
+    assert embedded(tmp_path / f"cut.{form}", 192, "") == f'<span class="missing">cut.{form} cannot be read</span>'
 
 
 def test_large_pictures_become_small_ones(tmp_path):

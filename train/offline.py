@@ -5,11 +5,12 @@ pictures    one row each, advantage 1
 
     data=pairs.jsonl, pairs.parquet, a folder of pairs        as `flowrl.pairs` reads them
     data="runs/mine reward=tiny_strict gap=0.1"               the sample pictures of a run, compared by one of its rewards
-    data=pictures/                                            a folder of NAME.png (.jpg, .webp) with NAME.txt
+    data=pictures/                                            a folder of NAME.png (.jpg, .webp, .mp4) with NAME.txt
     data=tiny-scenes, tiny-pairs                              drawn scenes of the embedded world; with one word wrong
 
-Pictures are scaled and cropped to the size of the pipeline's call, both of a pair alike in size. They are encoded when they are
-first asked for, each by itself, and their latents are kept in memory up to `KEPT_BYTES`.
+Pictures are scaled and cropped to the size of the pipeline's call, both of a pair alike in size; clips, for pipelines that draw
+them, have its number of frames. They are encoded when they are first asked for, each by itself, and their latents are kept in
+memory up to `KEPT_BYTES`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Prompt, Samples
+from flowrl.clips import VIDEOS
 from flowrl.config import ConfigError, Recipe, unknown
 from flowrl.data import sample_seed
 from flowrl.pairs import Source, load_pairs, load_picture, load_shown
@@ -32,7 +34,7 @@ from flowrl.tiny import render, sample_scene, split
 from flowrl.tiny.pairs import one_word_apart
 from flowrl.train.objectives.base import Needs
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHOWN = (".png", ".jpg", ".jpeg", ".webp", *VIDEOS)  #: Files of pictures and clips.
 KEPT_BYTES = 2 << 30
 
 
@@ -111,7 +113,7 @@ class Data:
 
     @classmethod
     def _of_pictures(cls, folder: Path) -> Data | None:
-        captioned = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES and p.with_suffix(".txt").is_file())
+        captioned = sorted(p for p in folder.glob("*") if p.suffix.lower() in SHOWN and p.with_suffix(".txt").is_file())
         if not captioned:
             return None
         texts = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in captioned]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str |
     group.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the model's own)")
     group.add_argument("--height", type=positive, default=None)
     group.add_argument("--width", type=positive, default=None)
+    group.add_argument("--num-frames", type=positive, default=None, help="frames of clips (default: the model's own)")
+    group.add_argument("--fps", type=float, default=None, help="frames per second of clips (default: the model's own)")
     usual = batch_size or "by their size, 64 at most"
     group.add_argument("--batch-size", type=positive, default=batch_size, help=f"samples per denoiser call (default {usual})")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
@@ -88,15 +90,26 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"--out {folder} cannot be made: {error.strerror}") from None
 
 
-def open_model(model: str, arguments: argparse.Namespace) -> Any:
+def size_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """Arguments of the pipeline that say how large a picture or clip is, where they are given."""
+    return {name: value for name in ("height", "width", "num_frames") if (value := getattr(arguments, name)) is not None}
+
+
+def open_model(model: str, arguments: argparse.Namespace, prompts: Sequence[Any] = ()) -> Any:
+    """The policy. Raises ConfigError, before weights are loaded, for frames, rates and prompts that do not suit it."""
     quiet_libraries()
     import torch
 
+    from flowrl.sample import Settings, facts_for
     from flowrl.sources import Source
 
-    size = {k: v for k, v in {"height": arguments.height, "width": arguments.width}.items() if v is not None}
+    source, size = Source.parse(model), size_of(arguments)
+    facts_for(source, prompts, Settings(call=size, fps=arguments.fps))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Source.parse(model).open(arguments.dtype, device, **size)
+    policy = source.open(arguments.dtype, device, **size)
+    if arguments.fps is not None:
+        policy.set_fps(arguments.fps)
+    return policy
 
 
 def protocol(arguments: argparse.Namespace, call: dict[str, Any]) -> Any:
@@ -130,7 +143,7 @@ def evaluate_models(
     rewards = {label: load_reward(name) for name, label in specs.items()}
     results, shared = [], None
     for model in models:
-        policy = open_model(model, arguments)
+        policy = open_model(model, arguments, prompts)
         shared = shared or protocol(arguments, policy.call)
         results.append(evaluate_model(model, policy, prompts, rewards, shared, arguments.batch_size, keep_images=keep_images))
     return results

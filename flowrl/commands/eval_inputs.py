@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowrl.batch import Prompt, Samples, stacked
 from flowrl.clips import rate_of
-from flowrl.commands.common import evaluate_model, is_averaged, make_folder, open_model, protocol, read_prompts, spread
+from flowrl.commands.common import evaluate_model, is_averaged, make_folder, open_model, protocol, read_prompts, size_of, spread
 from flowrl.config import ConfigError
 from flowrl.evaluate import Evaluation, check_comparable, score_all
 from flowrl.kept import Kept, check_pictures_suffice
@@ -133,8 +133,7 @@ def asked(
             setattr(arguments, name, value)
     if not models:
         return prompts, None
-    size = {name: value for name in ("height", "width") if (value := getattr(arguments, name))}
-    return prompts, replace(protocol(arguments, own_call(models[0])), solver=arguments.solver, call=size)
+    return prompts, replace(protocol(arguments, own_call(models[0])), solver=arguments.solver, call=size_of(arguments))
 
 
 def own_call(model: str) -> dict[str, Any]:
@@ -157,9 +156,10 @@ def pinned(
         ours = replace(ours, prompts=arguments.prompt_file or theirs.prompts, digest=digest_of(prompts))
     if theirs.size:
         *frames, height, width = theirs.size
-        ours = replace(ours, size=(*frames, arguments.height or height, arguments.width or width))
-        arguments.height, arguments.width = height, width
-        theirs = replace(theirs, call={**theirs.call, "height": height, "width": width})
+        wanted = [arguments.num_frames or frames[0]] if frames else []
+        ours = replace(ours, size=(*wanted, arguments.height or height, arguments.width or width))
+        arguments.height, arguments.width, arguments.num_frames = height, width, frames[0] if frames else None
+        theirs = replace(theirs, call={**theirs.call, **size_of(arguments)})
     if found := differences(theirs, ours):
         raise ConfigError(f"{text} was scored by another protocol ({'; '.join(found)}): leave the option out, or score it again")
     for other in list(known.values())[1:]:
@@ -274,7 +274,7 @@ def draw(
 def draw_in_memory(
     arguments: argparse.Namespace, model: str, prompts: Sequence[Prompt], shared: Protocol, scoring: Scoring
 ) -> Evaluation:
-    policy = open_model(model, arguments)
+    policy = open_model(model, arguments, prompts)
     size = arguments.batch_size or default_batch_size(policy)
     try:
         return evaluate_model(model, policy, list(prompts), scoring.rewards, shared, size, features=scoring.features)

@@ -139,7 +139,8 @@ def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) ->
     from flowrl.gallery import Cell, Table
     from flowrl.gallery.inputs import Inputs, trained_on
     from flowrl.reward_models.base import to_pil
-    from flowrl.sample import Settings, command_of, request_for
+    from flowrl.sample import Settings, command_of, facts_for, located, request_for
+    from flowrl.sources import Source
 
     arguments.rewards = arguments.rewards or ["tiny_strict", "tiny_dense"]
     results = evaluate_models([place for _, place in models], arguments, keep_images=True, limit=arguments.limit or 48)
@@ -148,13 +149,15 @@ def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) ->
         result.model = unique(name or result.model, model, found.models)
         found.models[result.model] = model
         found.trained |= trained_on(model)
+        facts = facts_for(Source.parse(model), [], Settings())
         assert result.samples is not None and result.samples.images is not None
         for i, picture in enumerate(to_pil(result.samples.images)):
             p, s = divmod(i, arguments.seeds)
             scores = {name: None if (v := float(result.scores[p, s, k])) != v else v for k, name in enumerate(result.rewards)}
-            prompt = result.prompts[p]
+            prompt = result.prompts[p] if facts is None else located(result.prompts[p], facts)
             steps, guidance = result.protocol.num_inference_steps, result.protocol.guidance_scale
-            settings = Settings(steps, guidance, arguments.height, arguments.width, dtype=arguments.dtype)
+            size, call = (arguments.height, arguments.width), frames_of(arguments)
+            settings = Settings(steps, guidance, *size, call=call, dtype=arguments.dtype, fps=arguments.fps)
             details = {
                 "steps": str(steps),
                 "guidance": str(guidance),
@@ -170,6 +173,11 @@ def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) ->
     shared = base.protocol
     subtitle = f"{len(base.prompts)} {shared.prompts} prompts, {shared.seeds} seeds, {shared.num_inference_steps} ODE steps"
     return found, tables, subtitle
+
+
+def frames_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """What the pipeline is told about the frames of clips, where it is."""
+    return {} if arguments.num_frames is None else {"num_frames": arguments.num_frames}
 
 
 def unique(name: str, model: str, taken: Any) -> str:
