@@ -35,12 +35,12 @@ OPTIONS += ["checkpointing_steps=0", "report_to=none", "eval_rewards={tiny_stric
 
 
 class Drill:
-    """A reward that asks for a hack. alarms: the names of the right ones. sign: the series that should be among theirs."""
+    """A reward that asks for a hack. alarms: the names of the right ones. signs: series of which one should be among theirs."""
 
     traits = Traits(differentiable=True)
 
-    def __init__(self, name: str, alarms: tuple[str, ...], sign: str):
-        self.name, self.alarms, self.sign = name, alarms, sign
+    def __init__(self, name: str, alarms: tuple[str, ...], *signs: str):
+        self.name, self.alarms, self.signs = name, alarms, signs
 
     def __call__(self, samples: Samples) -> Tensor:
         """(N,) with graph."""
@@ -76,7 +76,7 @@ REWARDS = {
 HACKING = ("hacking", "possible_hacking")
 DRILLS = {
     "dark": Drill("dark", HACKING, "brightness"),
-    "texture": Drill("texture", HACKING, "high_frequency"),
+    "texture": Drill("texture", HACKING, "high_frequency", "edges"),
     "copies": Drill("copies", ("collapse",), "diversity"),
     "one": Drill("one", ("sameness",), "spread"),
 }
@@ -95,11 +95,16 @@ def alarms_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
+def named(drill: Drill, row: dict) -> list[str]:
+    """The right signs in an alarm."""
+    return [sign["text"] for sign in row["signs"] if sign["series"] in drill.signs]
+
+
 def right(folder: Path) -> dict | None:
     """The first alarm of a drill that has the right name, and the right sign among its signs."""
     drill = DRILLS[folder.name.rpartition("-")[0]]
     rows = [row for row in alarms_of(folder) if row["alarm"] in drill.alarms]
-    return next((row for row in rows if drill.sign in [sign["series"] for sign in row["signs"]]), None)
+    return next((row for row in rows if named(drill, row)), None)
 
 
 def train(name: str, seed: int, out: Path) -> None:
@@ -127,11 +132,7 @@ def table(out: Path) -> str:
         found = right(folder) if name in DRILLS else None
         said = ["", "", ""] if name not in DRILLS else ["none", "", ""]
         if found is not None:
-            said = [
-                found["alarm"],
-                str(found["step"]),
-                next(s["text"] for s in found["signs"] if s["series"] == DRILLS[name].sign),
-            ]
+            said = [found["alarm"], str(found["step"]), named(DRILLS[name], found)[0]]
         rows.append([name, seed, str(len(metrics)), *first, *said, cost])
     return text_table(header, rows)
 
