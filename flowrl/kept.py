@@ -30,7 +30,13 @@ class Kept:
     """One folder, one protocol, one or several models. Raises ConfigError before anything is drawn if the input is at fault."""
 
     def __init__(
-        self, out: Path, models: Sequence[str], prompts: Sequence[Prompt], protocol: Protocol, batch_size: int | None = None
+        self,
+        out: Path,
+        models: Sequence[str],
+        prompts: Sequence[Prompt],
+        protocol: Protocol,
+        batch_size: int | None = None,
+        fps: float | None = None,
     ):
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--pictures {out} is a file: name a folder")
@@ -44,6 +50,7 @@ class Kept:
             call=call,
             dtype=protocol.dtype or "float32",
             solver=protocol.solver,
+            fps=fps,
         )
         self.items: dict[str, list[Item]] = {model: [] for model in models}
         for prompt, seeds in zip(prompts, seeds_of(prompts, protocol), strict=True):

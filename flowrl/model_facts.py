@@ -147,6 +147,12 @@ class ModelFacts:
             near = f"{below} and {below + stride}"
             raise ConfigError(f"num_frames={num_frames}: {self.vae[0]} takes {stride} k + 1 frames; the nearest are {near}")
 
+    def check_fps(self, fps: float) -> None:
+        """Raise ValueError for what is no frame rate, ConfigError for one of pictures."""
+        check_rate(fps)
+        if self.parameters and not self.draws_clips:
+            raise ConfigError(f"fps={fps:g}: {self.pipeline} draws pictures; leave it out")
+
     @property
     def conditions(self) -> tuple[str, ...]:
         """Arguments by which it can start from pictures."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from flowrl import __version__
 from flowrl.batch import Prompt, Samples
-from flowrl.clips import FACTS, FORMS, PARAMETERS, RATE, check_form, check_rate, clip_bytes
+from flowrl.clips import FACTS, FORMS, PARAMETERS, RATE, check_form, clip_bytes
 from flowrl.conditions import check_conditions, condition_of
 from flowrl.config import ConfigError, build
 from flowrl.data import load_prompts
@@ -211,7 +211,7 @@ def facts_for(source: Source, prompts: Sequence[Prompt], settings: Settings) -> 
         return None
     call = {**facts.call, **settings.call}
     if settings.fps is not None:
-        check_rate(settings.fps)
+        facts.check_fps(settings.fps)
     if call.get("num_frames") is not None:
         facts.check_frames(call["num_frames"])
     check_conditions(prompts, facts, call)

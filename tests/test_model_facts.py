@@ -101,6 +101,14 @@ def test_the_strides_are_those_of_the_pipelines_themselves():
         assert ModelFacts.of(pipe).stride == getattr(pipe, attribute)
 
 
+def test_rates_of_pictures():
+    with pytest.raises(ConfigError, match="fps=8: StableDiffusion3Pipeline draws pictures; leave it out"):
+        facts("StableDiffusion3Pipeline").check_fps(8)
+    facts("WanPipeline").check_fps(8)
+    with pytest.raises(ValueError, match="fps=0: frames per second"):
+        facts("WanPipeline").check_fps(0)
+
+
 def test_frames_of_pictures_and_of_autoencoders_that_take_any():
     with pytest.raises(ConfigError, match="num_frames=5: StableDiffusion3Pipeline draws pictures"):
         facts("StableDiffusion3Pipeline").check_frames(5)

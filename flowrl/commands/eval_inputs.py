@@ -249,7 +249,8 @@ def draw(
 ) -> dict[str, Evaluation]:
     """Models sampled and scored, each by itself in memory; with --pictures from files, and exported from there."""
     results = {}
-    kept = Kept(arguments.pictures, models, prompts, shared, arguments.batch_size) if arguments.pictures else None
+    given = arguments.batch_size, arguments.fps
+    kept = Kept(arguments.pictures, models, prompts, shared, *given) if arguments.pictures else None
     outs: dict[str, Path] = {}
     if kept and target:
         layout, out = target
