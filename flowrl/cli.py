@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flowrl.commands import doctor, evaluate, gallery, grid, report, rewards, sample, train
+from flowrl.commands import doctor, evaluate, gallery, grid, plan, report, rewards, sample, train
 
 DESCRIPTION = """\
 Align image and video generators (diffusion, flow matching) with rewards.
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="flowrl", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"flowrl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (train, sample, evaluate, gallery, grid, report, rewards, doctor):
+    for module in (train, plan, sample, evaluate, gallery, grid, report, rewards, doctor):
         module.add(commands)
     return parser
 

@@ -19,8 +19,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from flowrl.clips import check_rate
-
 T = TypeVar("T")
 
 
@@ -56,6 +54,11 @@ class Recipe:
         None, "One of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    decode: Literal["whole", "slices", "tiles"] = option(
+        "whole",
+        "How the autoencoder decodes: a batch at once, sample by sample (slices: the same pictures in less memory), or in "
+        "overlapping tiles of each sample (least memory; large pictures may show their seams).",
+    )
     decode_context: int | None = option(
         None,
         "Where the gradient of a reward on some frames of a clip (objective.frames) goes back through a causal autoencoder: this "
@@ -238,6 +241,8 @@ class Recipe:
                 raise ConfigError(f"{name} is empty")
         if self.fps is not None:
             try:
+                from flowrl.clips import check_rate  # with numpy, which help can do without
+
                 check_rate(self.fps)
             except ValueError as error:
                 raise ConfigError(str(error)) from None

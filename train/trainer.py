@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ class Trainer:
                 self.policy.set_attention_backend(recipe.attention_backend)
             except (ValueError, RuntimeError, ImportError) as error:
                 raise ConfigError(f"attention_backend={recipe.attention_backend}: {error}") from None
+        decode_in_parts(self.policy, recipe.decode)
         _check_call(recipe, self.policy)
         self.policy.call.update(recipe.call_arguments())
         if recipe.fps is not None:
@@ -333,6 +335,9 @@ class Trainer:
                 scoring.submit(batch)
                 batches.append(batch)
             samples = concatenate(batches)
+            if samples.images is not None:  # of which one copy is enough
+                for batch, images in zip(batches, samples.images.split([len(batch) for batch in batches]), strict=True):
+                    batch.images = images
             scores = scoring.finish(samples)
         clock.lap("score_time")
         return batches, samples, scores
@@ -514,7 +519,7 @@ class Trainer:
         parts, start = [], 0
         for batch in batches:
             own = (rows >= start) & (rows < start + len(batch))
-            parts.append((batch.select(rows[own] - start), values[own]))
+            parts.append((replace(batch, images=None).select(rows[own] - start), values[own]))
             start += len(batch)
         return parts
 
@@ -902,6 +907,15 @@ def _check_lora(lora: str | None) -> None:
         raise ConfigError(f"lora: there is no {LORA_FILE} in {lora}")
     if lora.count("/") != 1 or lora.startswith((".", "/", "~")):
         raise ConfigError(f"lora: there is no folder {lora} (hub ids look like owner/name)")
+
+
+def decode_in_parts(policy: Policy, how: str) -> None:
+    """Let the autoencoder decode as `Recipe.decode` says. Raises ConfigError where it cannot."""
+    vae = getattr(policy.pipe, "vae", None)
+    for call in {"whole": (), "slices": ("enable_slicing",), "tiles": ("enable_slicing", "enable_tiling")}[how]:
+        if not hasattr(vae, call):
+            raise ConfigError(f"decode={how}: the {type(vae).__name__} of {policy.name} cannot; use decode=whole")
+        getattr(vae, call)()
 
 
 def _check_call(recipe: Recipe, policy: Policy) -> None:

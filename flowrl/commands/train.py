@@ -1,4 +1,4 @@
-"""`flowrl train | train-reward | plan | recipes`."""
+"""`flowrl train | train-reward | recipes`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from flowrl.commands.common import command, positive, quiet_libraries
+from flowrl.commands.common import command, quiet_libraries
 from flowrl.commands.rewards import print_options
 
 R = TypeVar("R")
@@ -42,11 +42,6 @@ def add(commands: Any) -> None:
         "overrides", nargs="*", metavar="key=value", help="options that differ, like max_steps=100 task.head=linear"
     )
     teach.add_argument("--options", metavar="TASK", help="explain a task's own options (task.NAME=...), and train nothing")
-
-    plan = command(commands, "plan", run_plan, "show a recipe's arithmetic without loading any weight")
-    plan.add_argument("recipe")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--processes", type=positive, default=1, help="processes that will train (default 1)")
 
     command(commands, "recipes", run_recipes, "list the recipes that ship: the quick start, the embedded model, large models")
 
@@ -139,21 +134,6 @@ def run_train_reward(arguments: argparse.Namespace) -> int:
     trainer = RewardTrainer(recipe)
     trainer.train()
     return 0 if trainer.finished else 130
-
-
-def run_plan(arguments: argparse.Namespace) -> int:
-    from flowrl.config import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from flowrl.train.offline import rows_of
-    from flowrl.train.trainer import parts, plan_of
-
-    objective, _, _, trained = parts(recipe)
-    rows_each = rows_of(recipe.data, objective.needs) if recipe.data else None
-    rows = plan_of(recipe, objective, trained, arguments.processes, rows_each).table()
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
-    return 0
 
 
 def run_recipes(arguments: argparse.Namespace) -> int:
