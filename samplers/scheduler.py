@@ -441,7 +441,12 @@ def one_step_scheduler(scheduler: Any) -> Any:
     ):
         if config.get("rescale_betas_zero_snr", False) and config.get("prediction_type") == "epsilon":
             raise Unservable(f"{name}: noise prediction with zero terminal SNR has no clean estimate at its first step")
-        return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False, set_alpha_to_one=False)
+        own = {key: value for key, value in config.items() if key != "snr_shift_scale"}
+        ddim = DDIMScheduler.from_config(own, clip_sample=False, thresholding=False, set_alpha_to_one=False)
+        if "snr_shift_scale" in config:  # CogVideoX moves its noise levels to where DDIM's options do not reach
+            ddim.alphas_cumprod = scheduler.alphas_cumprod.float()
+            ddim.final_alpha_cumprod = scheduler.final_alpha_cumprod
+        return ddim
     raise Unservable(f"{name}: neither a flow-matching schedule nor a beta schedule with epsilon, v or sample prediction")
 
 

@@ -58,6 +58,15 @@ CALL: dict[str, dict[str, Any]] = {
     "wan": {**SMALL, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 32},
     "wan_i2v": {**SMALL, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 32, "image": start_picture("teal")},
     "ltx": {**SMALL, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 32},
+    # Its guidance_scale is an input of the model, as FLUX has it. The template of its prompts is hundreds of letters long.
+    "hunyuan": {
+        **SMALL,
+        "num_frames": 5,
+        "guidance_scale": 6.0,
+        "max_sequence_length": 32,
+        "prompt_template": {"template": "{}", "crop_start": 0},
+    },
+    "cogvideox": {**SMALL, "num_frames": 9, "guidance_scale": 1.0, "max_sequence_length": 32},
 }
 GUIDED: dict[str, dict[str, Any]] = {
     "sd15": {"guidance_scale": 5.0},
@@ -68,6 +77,8 @@ GUIDED: dict[str, dict[str, Any]] = {
     "wan": {"guidance_scale": 5.0},
     "wan_i2v": {"guidance_scale": 5.0},
     "ltx": {"guidance_scale": 5.0},
+    "hunyuan": {"true_cfg_scale": 4.0, "negative_prompt": "blurry"},
+    "cogvideox": {"guidance_scale": 5.0},
 }
 
 
@@ -383,6 +394,82 @@ def _ltx(seed: int) -> diffusers.LTXPipeline:
     return diffusers.LTXPipeline(**_t5(seed), transformer=transformer, vae=vae, scheduler=scheduler)
 
 
+def _hunyuan(seed: int) -> diffusers.HunyuanVideoPipeline:
+    transformer = _seeded(
+        seed,
+        diffusers.HunyuanVideoTransformer3DModel,
+        gain=2.0,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        text_embed_dim=16,
+        pooled_projection_dim=32,
+        rope_axes_dim=(2, 4, 4),
+    )
+    vae = _seeded(
+        seed,
+        diffusers.AutoencoderKLHunyuanVideo,
+        gain=1.5,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    tokenizer = _t5(seed)["tokenizer"]
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    llama = transformers.LlamaConfig(vocab_size=len(tokenizer), **size, max_position_embeddings=512, pad_token_id=0)
+    return diffusers.HunyuanVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_seeded(seed, transformers.LlamaModel, llama),
+        **_clip(seed + 1, "_2"),
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+
+
+def _cogvideox(seed: int, snr_shift_scale: float = 3.0) -> diffusers.CogVideoXPipeline:
+    """v-prediction, on noise levels that are moved and end in pure noise."""
+    transformer = _seeded(
+        seed,
+        diffusers.CogVideoXTransformer3DModel,
+        gain=2.0,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=9,
+        max_text_seq_length=32,
+    )
+    vae = _seeded(
+        seed,
+        diffusers.AutoencoderKLCogVideoX,
+        gain=1.5,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=snr_shift_scale,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    return diffusers.CogVideoXPipeline(**_t5(seed), transformer=transformer, vae=vae, scheduler=scheduler)
+
+
 BUILDERS: dict[str, Callable[..., Any]] = {
     "sd15": _sd15,
     "sdxl": _sdxl,
@@ -392,5 +479,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "wan": _wan,
     "wan_i2v": _wan_i2v,
     "ltx": _ltx,
+    "hunyuan": _hunyuan,
+    "cogvideox": _cogvideox,
 }
 DENOISER: dict[str, str] = {name: "unet" if name in ("sd15", "sdxl") else "transformer" for name in BUILDERS}

@@ -1,4 +1,4 @@
-"""The pipeline is the policy: rollout, replay, decode and adapters on real diffusers pipelines of seven families."""
+"""The pipeline is the policy: rollout, replay, decode and adapters on real diffusers pipelines of nine families."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.pipelines import CALL, DENOISER, GUIDED, reload, tiny
 
 PROMPTS = ["a red circle", "blue", "two green squares"]
 SEEDS = [1, 2, 3]
-FLOW = ["sd3", "flux", "qwenimage", "wan", "ltx"]
-ALL = ["sd15", "sdxl", *FLOW]
+FLOW = ["sd3", "flux", "qwenimage", "wan", "ltx", "hunyuan"]
+ALL = ["sd15", "sdxl", "cogvideox", *FLOW]
 CASES = [pytest.param(name, guided, id=f"{name}{'-guided' if guided else ''}") for name in ALL for guided in (False, True)]
 
 
@@ -62,7 +62,7 @@ def test_samples_do_not_depend_on_their_batch(name):
     assert (batch[0] - batch[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwenimage", "ltx"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwenimage", "ltx", "hunyuan", "cogvideox"])
 def test_plain_rollout_is_the_pipelines_own_call(name):
     """Without stochastic steps the policy draws what the untouched pipeline draws with the same generators."""
     pipe = tiny(name)
@@ -71,6 +71,15 @@ def test_plain_rollout_is_the_pipelines_own_call(name):
     policy = make(name)
     got = policy.decode(policy.rollout(PROMPTS, SEEDS))
     assert (got - torch.as_tensor(expected).float()).abs().max() < 2e-3
+
+
+def test_noise_levels_that_are_moved_stay_where_they_are():
+    """CogVideoX divides its signal-to-noise ratio by snr_shift_scale: the same steps are noisier, and end at 0 all the same."""
+    call = {**CALL["cogvideox"], "num_inference_steps": 4}
+    moved, plain = (Policy(tiny("cogvideox", snr_shift_scale=scale), call) for scale in (3.0, 1.0))
+    assert torch.equal(moved.pipe.scheduler.alphas_cumprod, tiny("cogvideox").scheduler.alphas_cumprod.float())
+    assert all(a > b for a, b in zip(moved.times[1:-1], plain.times[1:-1], strict=True))
+    assert moved.times[0] == plain.times[0] == 1 and moved.times[-1] == plain.times[-1] == 0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
