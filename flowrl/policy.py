@@ -212,6 +212,10 @@ class Policy:
         for key, parameter in self.trainable().items():
             self.snapshots[name][key].lerp_(parameter, 1 - decay)
 
+    def holds(self, name: str) -> bool:
+        """Does snapshot `name` hold the policy's own weights of now, to the bit?"""
+        return all(torch.equal(self.snapshots[name][key], parameter) for key, parameter in self.trainable().items())
+
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
         """Wear other weights inside the block: "policy", "reference", or a snapshot. Not to be left open during backward.

@@ -127,6 +127,28 @@ def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):
     assert saving.step()["grad_norm"] == pytest.approx(plain.step()["grad_norm"], rel=1e-5)
 
 
+def test_an_old_policy_that_is_the_policy_of_now_costs_no_pass(recipe, tmp_path):
+    """The network runs once for both, with the same velocity; once a weight has moved, twice, with another."""
+    trainer = make(recipe, tmp_path, "objective=nft", "transition=ode")
+    batch = next(trainer.rollout(0))
+    point = next(trainer.points(batch))[0]
+    denoiser = trainer.policy.denoisers["transformer"]
+    calls: list[int] = []
+    denoiser.register_forward_hook(lambda *_: calls.append(1))
+
+    predict = PolicyPredict(trainer.policy, batch)
+    old, now = predict.old(point), predict(point)
+    assert len(calls) == 1 and torch.equal(old, now) and now.requires_grad and not old.requires_grad
+    with torch.no_grad():
+        for parameter in trainer.policy.trainable().values():
+            parameter += 0.01
+    assert not trainer.policy.holds("old")
+    predict = PolicyPredict(trainer.policy, batch)
+    moved, now = predict.old(point), predict(point)
+    assert len(calls) == 3 and not torch.equal(moved, now)
+    torch.testing.assert_close(moved, old, rtol=1e-4, atol=1e-4)
+
+
 def test_the_second_update_of_a_rollout_is_off_policy(recipe, tmp_path):
     """Two updates per step: the first one's samples have ratio 1 to the bit; the second's do not, and can be clipped."""
     seen = []

@@ -56,7 +56,13 @@ class PolicyPredict:
         return self._velocity(at, self.reference_weights, False, **call)
 
     def old(self, at: Point) -> Tensor:
+        if torch.is_grad_enabled() and self._on_policy:  # one pass serves both
+            return self(at).detach()
         return self._velocity(at, "old", False)
+
+    @cached_property
+    def _on_policy(self) -> bool:
+        return self.policy.holds("old")
 
     def _velocity(self, at: Point, weights: str, graph: bool, **call: Any) -> Tensor:
         if at is not self._point:
