@@ -45,13 +45,11 @@ def locate(model: str | Path) -> Path:
         if not (Path(model) / INDEX).is_file():
             raise FileNotFoundError(f"{model} is not a diffusers pipeline: it has no {INDEX}")
         return Path(model)
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no model at {model}; embedded models: {', '.join(EMBEDDED)}; hub ids look like owner/name")
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        found = try_to_load_from_cache(str(model), INDEX)
-    except HFValidationError:
-        found = None
+    found = try_to_load_from_cache(str(model), INDEX)
     if not isinstance(found, str):
         raise FileNotFoundError(
             f"the config files of {model} are not on this machine; without its weights they are small: "
@@ -145,7 +143,7 @@ class Shapes:
                             shape = torch.empty(value.shape, dtype=value.dtype, device="cpu")
                         wanted = isinstance(value, nn.Parameter)
                         made[id(value)] = nn.Parameter(shape, requires_grad=value.requires_grad) if wanted else shape
-                    values[key] = made[id(value)]
+                    values[key] = made[id(value)]  # type: ignore[assignment]
 
     def _answering(self, call: Callable[..., Any], always: bool) -> Callable[..., Any]:
         known: dict[Any, Any] = {}

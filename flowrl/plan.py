@@ -39,9 +39,11 @@ PHASES = ("rollout", "decode", "update")
 USUAL = "a watercolour of a small harbour at dawn, fishing boats in front of old houses, gulls above them, soft light, mist"
 WORTH_A_LOOK = 1e9  #: Bytes from which on it is worked out what an option would leave of them.
 DECODED_AT_ONCE = 32  #: As `Policy.decode` has it.
-#: Weights of rewards, in millions, as published: CLIP ViT-L/14 and ViT-H/14, BLIP-large, Qwen2-VL-2B. All are loaded in float32.
-REWARD_WEIGHTS = {
-    "clip_score": 428, "aesthetic": 428, "pickscore": 986, "hpsv2": 986, "image_reward": 447, "video_text": 428,
+#: Bytes of the weights of rewards, of the sizes that are published: CLIP ViT-L/14 and ViT-H/14 and BLIP-large in float32,
+#: Qwen2-VL-2B in bfloat16. Those without weights have 0.
+REWARD_BYTES = {
+    "clip_score": 1_712_000_000, "aesthetic": 1_712_000_000, "video_text": 1_712_000_000, "pickscore": 3_944_000_000,
+    "hpsv2": 3_944_000_000, "image_reward": 1_788_000_000, "video_reward": 4_420_000_000,
     **dict.fromkeys(("brightness", "jpeg_size", "remote", "ensemble", "gate", "tree", "frames", "temporal_flicker"), 0),
 }  # fmt: skip
 
@@ -95,6 +97,8 @@ def texts_of(recipe: Recipe) -> list[str]:
 
 class Stand(PolicyPredict):
     """`Predict` of shapes. In place of each reward stands the mean of what it sees."""
+
+    _on_policy = False  #: Shapes have no values to compare: the old policy is planned with a pass of its own.
 
     def scores(self, x0: Tensor, images: Tensor | None) -> Tensor:
         seen = x0 if images is None else images
@@ -272,7 +276,8 @@ class Run:
 
     def _shaped(self, step: Step) -> Step:
         tensors = {name: getattr(step, name) for name in ("native", "native_next", "log_prob", "v")}
-        return replace(step, **{name: None if value is None else self.shapes.of(value) for name, value in tensors.items()})
+        shaped: dict[str, Any] = {name: None if value is None else self.shapes.of(value) for name, value in tensors.items()}
+        return replace(step, **shaped)
 
     def _noised(self, latents: Tensor, group: Tensor) -> Noised:
         x0 = latents.float()
@@ -323,12 +328,12 @@ class Run:
         unknown = []
         for name in dict.fromkeys(reward_names({**self.recipe.rewards, **self.recipe.eval_rewards})):
             place = reward_folder(name)
-            size = weights_in(place) if place is not None else 4_000_000 * REWARD_WEIGHTS.get(name, 0)
-            if self._is_latent(name):  # loads its model for itself
-                size = 4 * sum(p.numel() for module in self._modules().values() for p in module.parameters())
+            size = weights_in(place) if place is not None else REWARD_BYTES.get(name, 0)
+            if self._is_latent(name):
+                size = self._model_again(name)
             if size:
                 yield Item(f"reward {name}", _always(size), "flowrl serve it elsewhere, rewards.remote={url: ...}")
-            elif name not in REWARD_WEIGHTS and not name.startswith("tiny_"):  # verifiers have no weights
+            elif name not in REWARD_BYTES and not name.startswith("tiny_"):  # verifiers have no weights
                 unknown.append(name)
         if unknown:
             self.notes.append(f"weights of rewards that are not counted: {', '.join(unknown)}")
@@ -350,6 +355,13 @@ class Run:
         yield Item("recorded steps and latents", _times(steps, before), lower)
         if self.recipe.data is None:
             yield Item("pictures", _times(shown, (batches - 1, batches - 1, batches)), "more processes, smaller prompts_per_step")
+
+    def _model_again(self, name: str) -> int:
+        """Bytes of a latent reward, which loads its model for itself: as a rule that of the run."""
+        named = [pair for module in self._modules().values() for pair in module.named_parameters()]
+        count = sum(p.numel() for key, p in named if "lora_" not in key)
+        options = [value for value in self.recipe.rewards.values() if isinstance(value, dict) and value.get("name") == name]
+        return count * (2 if any(value.get("dtype") == "bfloat16" for value in options) else 4)
 
     def _looks_at(self) -> tuple[str, ...]:
         names = list(reward_names(self.recipe.rewards))
