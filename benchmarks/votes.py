@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,7 @@ def trained(command: str, file: Path, seed: int, out: Path) -> Path:
     """Run the page's own command, with its file where it lies, a seed and a folder."""
     folder = out / f"voted-{seed}"
     if not (folder / "README.md").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
         words = [word for word in shlex.split(command)[1:] if not word.startswith(("data=", "output_dir="))]
         flowrl([*words, f"data={file}", f"output_dir={folder}", f"seed={seed}", "eval_steps=0", "report_to=none"])
     return folder
