@@ -886,8 +886,8 @@ def _check_model(facts: ModelFacts, call: dict[str, Any], recipe: Recipe, traine
         raise ConfigError(
             f"rewards.{wanting[0]} scores clips, and {facts.pipeline} draws pictures: give a video model, or another reward"
         )
-    if recipe.fps is not None and not facts.draws_clips:
-        raise ConfigError(f"fps={recipe.fps:g}: {facts.pipeline} draws pictures; leave it out")
+    if recipe.fps is not None:
+        facts.check_fps(recipe.fps)
     rate = facts.fps(call) if recipe.fps is None else recipe.fps
     for label, reward in trainer.eval_rewards.items():
         own = next((part.fps for part in parts_of(reward) if isinstance(getattr(part, "fps", None), int | float)), rate)
