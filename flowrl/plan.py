@@ -336,7 +336,7 @@ class Run:
             elif name not in REWARD_BYTES and not name.startswith("tiny_"):  # verifiers have no weights
                 unknown.append(name)
         if unknown:
-            self.notes.append(f"weights of rewards that are not counted: {', '.join(unknown)}")
+            self.notes.append(f"weights of the rewards {', '.join(unknown)}")
 
     def encoded(self) -> Iterator[Item]:
         """Encoded prompts, which are kept for good, each once."""
@@ -381,6 +381,8 @@ class Run:
 
     def _lower_update(self, batch: Samples, update: int) -> str:
         words = [f"smaller batch_size (now {self.plan.batch_size})"]
+        if self.objective.needs.differentiable and self._looks_at() != ("latents",):
+            words.append("objective.frames, decode_context" if self.policy.facts.draws_clips else "height, width")
         if not self.recipe.gradient_checkpointing and update > WORTH_A_LOOK:
             with suppress(ValueError, AttributeError):  # denoisers without
                 self.policy.enable_gradient_checkpointing()

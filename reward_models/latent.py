@@ -24,6 +24,7 @@ from flowrl.reward_models.base import Reward, RewardError, Traits, load_reward, 
 from flowrl.reward_models.latent_head import (
     LatentHead,
     Pool,
+    at_once,
     block_features,
     latent_loss,
     load_head,
@@ -37,6 +38,7 @@ __all__ = [
     "LatentHead",
     "LatentReward",
     "Pool",
+    "at_once",
     "block_features",
     "latent_loss",
     "load_head",
@@ -69,9 +71,13 @@ class LatentReward:
         #: Below this rank correlation with `of` on fresh samples it abstains, until it has caught up.
         min_spearman: float = -1.0,
         seed: int = 0,  #: Of the updates' random numbers.
+        dtype: str = "float32",  #: Of the weights of the model that is loaded: float32 or bfloat16.
     ):
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"latent: dtype={dtype!r}: choose float32 or bfloat16")
         self.head, card = load_head(folder)
-        self.policy, self.block = policy or Policy.load(card["model"]), card["block"]
+        self.policy = policy or Policy.load(card["model"], dtype=dtype, **card.get("call", {}))
+        self.block = card["block"]
         self.of: Reward | None = None if of is None else load_reward(of)
         self.every, self.steps, self.batch_size, self.views = every, steps, batch_size, views
         self.pool, self.min_spearman = Pool(pool), min_spearman

@@ -172,6 +172,11 @@ class Pool:
         return torch.cat([first, torch.where(self.group[after] == self.group[first], after, before)])
 
 
+def at_once(latents: Tensor) -> int:
+    """How many of latents (N, ...) the blocks read in one go: 64 of pictures, fewer of long clips."""
+    return max(1, min(64, (1 << 22) // latents[0].numel()))
+
+
 def noisy_examples(
     policy: Policy, block: str, samples: Samples, scores: Tensor, views: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,7 +194,7 @@ def noisy_examples(
         x = (1 - s) * latents + s * eps.to(latents.device)
         chunks = [
             block_features(policy, block, x[rows], t[rows].to(x.device), [samples.texts[i] for i in rows])
-            for rows in torch.arange(len(x)).split(64)
+            for rows in torch.arange(len(x)).split(at_once(x))
         ]
         parts.append((torch.cat(chunks).cpu(), t, scores.cpu(), of * views + view))
     features, times, values, group = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -30,7 +30,7 @@ def test_recipes_that_ship_are_valid(name, capsys):
     command = re.fullmatch(rf"# (?:accelerate launch --num_processes (\d+) -m flowrl.cli|flowrl) train {name}(?: .*)?", second)
     assert command, second
     processes = command[1] or "1"
-    assert main(["plan", name, "--processes", processes]) == 0
+    assert main(["plan", name, "--no-memory", "--processes", processes]) == 0
     assert re.search(rf"^processes +{processes}$", capsys.readouterr().out, re.MULTILINE)
     recipe = load_recipe(name)
     assert recipe.output_dir == f"runs/{name}"

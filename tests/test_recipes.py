@@ -21,6 +21,8 @@ FAMILIES = {
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
     "black-forest-labs/FLUX.1-dev": "flux",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan",
+    "hunyuanvideo-community/HunyuanVideo": "hunyuan",
 }
 LARGE = [name for name in recipe_names() if load_recipe(name).model in FAMILIES]
 #: What makes a recipe small; how it samples, weighs and learns stays.

@@ -77,7 +77,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def print_columns(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
+    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows), flush=True)  # counting may take half a minute
 
 
 def print_memory(found: Any) -> None:

@@ -6,9 +6,9 @@ levels, so that one head serves as the reward of clean latents and as the proces
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from flowrl.reward_models.base import load_reward, score_one
 from flowrl.reward_models.latent_head import (
     LatentHead,
     Pool,
+    at_once,
     block_features,
     latent_loss,
     middle_block,
@@ -41,10 +42,14 @@ class Latent:
 
     reward: Any = "tiny_dense"  #: The reward to imitate: whatever `load_reward` reads. It needs no gradient.
     model: str = "tiny-sd3"  #: The policy whose latents it scores, and whose first blocks it reads.
+    dtype: Literal["float32", "bfloat16"] = "float32"  #: Of its weights.
+    #: Arguments of its call, as the runs that use the reward have them: height, width, num_frames, guidance_scale, ...
+    call: dict[str, Any] = field(default_factory=dict)
     block: str | None = None  #: The block that is read, by its name in the policy's denoisers; by default two thirds in.
     prompts: str = "tiny-train"  #: Prompts of the samples: a file or an embedded set.
     eval_prompts: str = "tiny-test"  #: Prompts of the held-out samples.
     num_inference_steps: int = 10  #: Denoising steps of the samples.
+    rollout_batch_size: int = 64  #: Samples drawn and decoded at once.
     generations: int = 4  #: Samples of each prompt, which the ranking loss compares.
     pool: int = 3072  #: Samples to learn from at any time.
     refresh_steps: int = 250  #: Steps after which the oldest samples are replaced by fresh ones.
@@ -57,13 +62,15 @@ class Latent:
 
     def prepare(self, recipe: RewardRecipe, device: torch.device) -> nn.Module:
         """Draws the first pool and the held-out samples, and makes the head."""
+        if self.rollout_batch_size < 1:
+            raise ConfigError(f"task.rollout_batch_size={self.rollout_batch_size}: must be positive")
         if self.generations < 2 or self.refresh_samples % self.generations or self.pool % self.refresh_samples:
             raise ConfigError(
                 f"task: refresh_samples={self.refresh_samples} must hold whole groups of generations={self.generations} (two or"
                 f" more), and pool={self.pool} whole refreshments"
             )
         self.recipe, self.device = recipe, device
-        self.policy = Policy.load(self.model, device=device)
+        self.policy = Policy.load(self.model, dtype=self.dtype, device=device, **self.call)
         self.at = self.block or middle_block(self.policy)
         self.scorer = load_reward(self.reward)
         self.train_prompts, self.test_prompts = load_prompts(self.prompts), load_prompts(self.eval_prompts)
@@ -84,8 +91,8 @@ class Latent:
         seeds = [int(seed) for seed in rng.integers(1 << 31, size=len(chosen))]
         group = torch.arange(count).repeat_interleave(self.generations)
         parts, scores = [], []
-        for i in range(0, len(chosen), 64):
-            rows = slice(i, i + 64)
+        for i in range(0, len(chosen), self.rollout_batch_size):
+            rows = slice(i, i + self.rollout_batch_size)
             part = self.policy.rollout(chosen[rows], seeds[rows], group=group[rows], num_inference_steps=self.num_inference_steps)
             part.images = self.policy.decode(part, num_inference_steps=self.num_inference_steps)
             scores.append(score_one(self.scorer.name, self.scorer, part))
@@ -135,13 +142,13 @@ class Latent:
         x0 = self.held_out.latents.float()
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(self.recipe.seed)).to(x0.device)
         x, times, parts = (1 - t) * x0 + t * eps, torch.full((len(x0),), t, device=x0.device), []
-        for rows in torch.arange(len(x0)).split(64):
+        for rows in torch.arange(len(x0)).split(at_once(x0)):
             texts = [self.held_out.texts[i] for i in rows]
             parts.append(self.head(block_features(self.policy, self.at, x[rows], times[rows], texts), times[rows]).cpu())
         return torch.cat(parts)
 
     def save(self, folder: Path) -> None:
-        save_head(self.head, folder, self.model, self.at, imitates=self.scorer.name)
+        save_head(self.head, folder, self.model, self.at, imitates=self.scorer.name, call=self.call)
 
     def describe(self) -> str:
         return f"""\
