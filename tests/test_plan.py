@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import gc
 import json
 import shutil
+from collections.abc import Iterator
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +43,15 @@ def existing(policy: Policy) -> list[torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ the ledger, on shapes
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No collection of cycles meanwhile: checkpointing leaves some, and when they go is a matter of chance."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
