@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import gc
 import json
 import shutil
-from collections.abc import Iterator
 from collections.abc import Iterator
 
 import pytest
@@ -43,15 +41,6 @@ def existing(policy: Policy) -> list[torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ the ledger, on shapes
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """No collection of cycles meanwhile: checkpointing leaves some, and when they go is a matter of chance."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.fixture
