@@ -25,10 +25,11 @@ Align image and video generators (diffusion, flow matching) with rewards.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(arguments, "steer") or any(word.startswith("-") for word in rest)):
+    gathers = next((name for name in ("overrides", "prompts") if isinstance(getattr(arguments, name, None), list)), None)
+    if rest and (gathers is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.prompts += rest  # prompts after options, which argparse leaves over
+    if rest and gathers:
+        getattr(arguments, gathers).extend(rest)  # words after options, which argparse leaves over
     # Before torch is loaded: threads that spin while they wait bring small models to a standstill on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.getcwd() not in sys.path:

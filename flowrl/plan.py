@@ -158,11 +158,9 @@ class Run:
         decode, shown, decoding = self.decode(len(batch))
         update, updating = self.update(batch)
         lower_update = self._lower_update(batch, update)
-        plan, batches = self.plan, self.plan.images_per_step // self.plan.world_size // self.plan.batch_size
-        points = plan.trained_steps if self.objective.needs.points == "noised" else max(1, len(batch.steps))
+        batches = self.plan.images_per_step // self.plan.world_size // self.plan.batch_size
         offline = self.recipe.data is not None
-        steps = 0 if offline else self.recipe.num_inference_steps
-        flops = (batches * steps * forward, 0 if offline else batches * decoding, batches * points * updating)
+        flops = (batches * self.visited(batch) * forward // len(batch), 0 if offline else batches * decoding, batches * updating)
         items = [
             *self.weights(),
             *self.trained_state(),
@@ -222,6 +220,17 @@ class Run:
         columns = BLANK.columns if self.policy.facts.needed_conditions else {}
         return Prompt(max(self.texts, key=len) if self.texts else USUAL, columns)
 
+    def visited(self, batch: Samples) -> int:
+        """States that a rollout asks the denoiser about: fewer where branches share them, more where strides end anew."""
+        if self.recipe.data is not None:
+            return 0
+        steps, count = self.recipe.num_inference_steps, len(batch)
+        walked = at = 0
+        for step in batch.steps:  # up to it there are as many states as stand there
+            walked, at = walked + (step.index + 1 - at) * len(step.native), step.index + 1
+        ends = sum(-(-(steps - at) // stride) for stride in self.recipe.strides)
+        return walked + ends * count
+
     def call(self, batch: Samples) -> tuple[int, int]:
         """Bytes at most in one call of the denoiser without gradient, guidance included, and its operations."""
         with torch.no_grad(), Ledger(self._known()) as ledger:
@@ -241,7 +250,7 @@ class Run:
         return ledger.peak + (shown - pictures.nbytes), shown, ledger.flops * times
 
     def update(self, batch: Samples) -> tuple[int, int]:
-        """Bytes at most while a batch's loss and its gradient are taken, without the gradient itself; operations of a point."""
+        """Bytes at most while a batch's loss and its gradient are taken, beside that; operations of all points."""
         advantage = torch.linspace(-1, 1, len(batch)) if self.recipe.data is None else torch.ones(len(batch))
         if self.recipe.data is not None and self.plan.group_size == 2:
             advantage[1::2] = -1
@@ -249,14 +258,22 @@ class Run:
             rows, advantage = self.objective.choose(batch, advantage)
             batch = batch.select(rows)
         found = [self._point(batch, index, advantage) for index in self._points(batch)]
-        return max(peak for peak, _ in found), sum(flops for _, flops in found) // len(found)
+        flops = [each for _, each in found]
+        if self.objective.needs.points == "noised":
+            total = flops[0] * self.plan.trained_steps
+        elif self.objective.needs.points == "nodes":
+            total = sum(flops) * len(batch.steps) // len(flops)
+        else:  # in proportion to the states, which branches share
+            total = flops[-1] * sum(len(step.native) for step in batch.steps) // len(batch.steps[-1].native)
+        return max(peak for peak, _ in found), total
 
     def _points(self, batch: Samples) -> Sequence[int | None]:
         """Where the loss is asked: at which of the recorded steps, or, None, at noised latents. All cost the same but for chains
-        of steps, which differ in length: the first and the last of those."""
+        of steps, the longest of which starts first, and branches, which share the first state and not the last."""
         if self.objective.needs.points == "noised":
             return [None]
-        return sorted({0, len(batch.steps) - 1}) if self.objective.needs.points == "nodes" else [0]
+        differ = self.objective.needs.points == "nodes" or self.recipe.branches
+        return sorted({0, len(batch.steps) - 1}) if differ else [0]
 
     def _point(self, batch: Samples, index: int | None, advantage: Tensor) -> tuple[int, int]:
         latents = self.shapes.of(batch.latents)

@@ -389,8 +389,12 @@ def test_train_eval_gallery_and_sample(tmp_path, recipe, model, prompts, own_rew
 
 
 def test_plan_and_recipes(capsys):
-    assert main(["plan", "quickstart", "prompts_per_step=4", "num_generations=6", "--no-memory"]) == 0
-    assert "24 = 4 prompts x 6 generations" in capsys.readouterr().out
+    for words in (
+        ["prompts_per_step=4", "--no-memory", "num_generations=6"],
+        ["--no-memory", "prompts_per_step=4", "num_generations=6"],
+    ):
+        assert main(["plan", "quickstart", *words]) == 0  # options stand anywhere
+        assert "24 = 4 prompts x 6 generations" in capsys.readouterr().out
     assert main(["recipes"]) == 0
     generators, rewards = capsys.readouterr().out.split("flowrl train-reward\n")
     assert generators.startswith("flowrl train\n  quickstart ") and "  tiny-preference " in rewards

@@ -192,6 +192,16 @@ def test_operations_and_time(recipe):
     assert (with_reference.flops[2] - found.flops[2]) / found.forward == pytest.approx(2, abs=0.1)  # its pass, for each point
 
 
+def test_branches_share_their_first_state_and_its_cost(recipe):
+    """Two groups of two that part at the first of two steps: 2 states, then 4, where else there are 4 and 4. A rollout of three
+    steps visits 2 + 4 + 4 of them, and twice the last 4 where a second stride ends anew."""
+    apart, shared = planned(recipe), planned(recipe, "branches=[2]")
+    assert shared.flops[0] / shared.forward == 10 / 4 and apart.flops[0] / apart.forward == 12 / 4
+    assert planned(recipe, "branches=[2]", "strides=[1, 2]").flops[0] / shared.forward == 14 / 4
+    assert shared.flops[2] / apart.flops[2] == pytest.approx(6 / 8, rel=0.02)
+    assert item(shared, "activations").size[2] == pytest.approx(item(apart, "activations").size[2], rel=0.05)
+
+
 @pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).model == "tiny-sd3"])
 def test_every_method_can_be_planned(name, model):
     """Its own loss runs on shapes: no objective looks at numbers on the way."""
