@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sd35-medium", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = None if device == "cuda" else "_native_math"
+    backend = None if device == "cuda" else "eager"
 
     if arguments.sd35_medium:
         policy = sd35_medium(device)

@@ -89,7 +89,7 @@ def train(arm: str, seed: int, out: Path, updates: int, batch: int, lr: float) -
     if (folder / "curve.json").is_file():
         return
     policy = Policy.load("tiny-sd3", autocast="bfloat16")
-    policy.set_attention_backend("_native_math")
+    policy.set_attention_backend("eager")
     policy.add_lora(32, seed=seed)
     prompts, test = load_prompts("tiny-train"), load_prompts("tiny-test")
     rewards = [(load_reward(spec), weight) for spec, weight in ARMS[arm][1](*spread(policy, prompts)).items()]

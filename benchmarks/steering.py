@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--steered", choices=["tiny_dense", "brightness"], help="one part only")
     arguments = parser.parse_args()
     quiet_libraries()
-    policy = Policy.load("tiny-sd3", autocast="bfloat16", attention_backend="_native_math")
+    policy = Policy.load("tiny-sd3", autocast="bfloat16", attention_backend="eager")
     hard = [prompt for prompt in load_prompts("tiny-test") if prompt.columns["kind"] in KINDS]
     prompts = hard[:: max(1, len(hard) // arguments.prompts)][: arguments.prompts]
     parts = [("tiny_dense", "tiny_strict", by_value, prompts), ("brightness", "tiny_dense", by_gradient, prompts[::2])]

@@ -1,6 +1,6 @@
 """Does the loop close? Blind votes in the gallery -> preference pairs -> DPO -> a model that agrees with those votes.
 
-    python benchmarks/votes.py                      1,000 votes, then the command that the page names; seeds 0 1 2
+    python benchmarks/votes.py                      1,758 votes, then the command that the page names; seeds 0 1 2
 
 The voter is simulated: the exact verifier looks at the two pictures that the page shows, knows nothing else of them, and presses
 the key of the better one by its dense score, or the tie's. The page is the real one, in the machine's own Chromium; the pairs are
@@ -136,7 +136,7 @@ def agreement(value: np.ndarray, prompts: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--votes", type=int, default=1000)
+    parser.add_argument("--votes", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/votes"))
     arguments = parser.parse_args()

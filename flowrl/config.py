@@ -51,7 +51,9 @@ class Recipe:
     )
     autocast: Literal["bfloat16"] | None = option(None, "Run the denoiser under autocast with this type.")
     attention_backend: str | None = option(
-        None, "One of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike."
+        None,
+        "One of diffusers' attention backends (native, xformers, flash, ...), or eager (for bfloat16 on a CPU); for rollout and "
+        "update alike.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     decode: Literal["whole", "slices", "tiles"] = option(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowrl.attention import EAGER
 from flowrl.batch import Noised, Prompt, Samples, Step
 from flowrl.conditions import BLANK
 from flowrl.config import ConfigError, Plan, Recipe
@@ -143,9 +144,9 @@ class Run:
             parameter.grad = torch.zeros_like(parameter)
 
     def _backend(self) -> None:
-        """Attention by torch's own kernels; others keep about as little as its fused ones."""
+        """Attention by torch's own operators; other kernels keep about as little as its fused ones."""
         name = self.recipe.attention_backend
-        if name is not None and "native" in name:
+        if name is not None and (name == EAGER or "native" in name):
             self.policy.set_attention_backend(name)
         elif name is not None:
             self.notes.append(f"attention_backend={name} is counted as torch's own fused attention")

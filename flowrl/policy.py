@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowrl.attention import set_backend
 from flowrl.batch import Prompt, Samples, Step, merged
 from flowrl.clips import check_rate
 from flowrl.conditions import BLANK, ConditionMemo, by_condition, check_conditions, condition_of, picture_of
@@ -538,16 +539,12 @@ class Policy:
     # ---------------------------------------------------------------------------------------- backends, saving
 
     def set_attention_backend(self, name: str) -> None:
-        """Use one of diffusers' attention backends (native, xformers, flash, ...), for rollout and update alike.
+        """Use one of diffusers' attention backends (native, xformers, flash, ...), or `eager`, for rollout and update alike.
 
-        Probed on this machine by the trainer, forward and backward, before any training.
+        Probed on this machine by the trainer, forward and backward, before any training. Errors: `flowrl.attention.set_backend`.
         """
         for module in self.denoisers.values():
-            if not hasattr(module, "set_attention_backend"):
-                raise ValueError(
-                    f"{type(module).__name__} has no attention backends in this diffusers; leave attention_backend unset"
-                )
-            module.set_attention_backend(name)
+            set_backend(module, name)
 
     def enable_gradient_checkpointing(self) -> None:
         for module in self.denoisers.values():

@@ -18,8 +18,9 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     for name, value in environment().items():
         print(f"{name:<18} {value}")
     import torch
-    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    from flowrl.attention import names
 
     print(f"{'GPU':<18} {'yes' if torch.cuda.is_available() else 'none: runs on the CPU'}")
-    print(f"{'backends':<18} {', '.join(sorted(b.value for b in AttentionBackendName if not b.value.startswith('_')))}")
+    print(f"{'backends':<18} {', '.join(names())}")
     return 0
