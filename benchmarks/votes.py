@@ -112,18 +112,22 @@ def errors(policy: Policy, file: Path) -> tuple[np.ndarray, list[str]]:
     """(pairs, 2, draws) denoising errors of the preferred picture and of the other one, and the prompts. Ties are left out."""
     pairs = [pair for pair in load_pairs(file) if pair.label != 0.5]
     ordered = [(p.first, p.second) if p.label > 0.5 else (p.second, p.first) for p in pairs]
-    x0 = policy.latents_of(torch.stack([load_picture(source) for sources in ordered for source in sources])).float()
-    texts = [pair.prompt for pair in pairs for _ in range(2)]
+    shown = {source: pair.prompt for pair, sources in zip(pairs, ordered, strict=True) for source in sources}
+    row, texts = {source: i for i, source in enumerate(shown)}, list(shown.values())
+    named = list(dict.fromkeys(texts))
+    group = torch.tensor([named.index(text) for text in texts])
+    x0 = policy.latents_of(torch.stack([load_picture(source) for source in shown])).float()
     columns = []
     for draw in range(len(TIMES) * NOISES):
         rng = torch.Generator().manual_seed(draw)
         t = torch.full((len(x0),), TIMES[draw % len(TIMES)])
-        noise = torch.randn(len(pairs), *x0.shape[1:], generator=rng).repeat_interleave(2, 0)
+        noise = torch.randn(len(named), *x0.shape[1:], generator=rng)[group]  # one for all pictures of a prompt
         time = t.reshape(-1, 1, 1, 1)
         x = (1 - time) * x0 + time * noise
         v = torch.cat([policy.velocity(texts[i : i + 96], x[i : i + 96], t[i : i + 96]).float() for i in range(0, len(x), 96)])
-        columns.append((v - (noise - x0)).square().flatten(1).mean(1).reshape(-1, 2).numpy())
-    return np.stack(columns, 2), [pair.prompt for pair in pairs]
+        columns.append((v - (noise - x0)).square().flatten(1).mean(1))
+    both = torch.tensor([[row[source] for source in sources] for sources in ordered])
+    return torch.stack(columns, 1)[both].numpy(), [pair.prompt for pair in pairs]
 
 
 def agreement(value: np.ndarray, prompts: list[str]) -> str:
@@ -143,7 +147,7 @@ def main() -> None:
     quiet_libraries()
     arguments.out.mkdir(parents=True, exist_ok=True)
     file, command = voted(gallery("tiny-train", 3, arguments.out / "ballot"), arguments.votes)
-    held_out, _ = voted(gallery("tiny-test", 3, arguments.out / "held-out"), 10_000)
+    held_out, _ = voted(gallery("tiny-test", 6, arguments.out / "held-out"), 10_000)
     labels = [pair.label for pair in load_pairs(file)]
     print(f"{len(labels)} votes, {sum(label == 0.5 for label in labels)} ties; the page says: {command}", flush=True)
 

@@ -8,11 +8,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from flowrl.cli import main
+from flowrl.cli import main, set_spinning
 from flowrl.record import checkpoints, read_metrics
 from tests.runs import FLOWRL, run, run_installed
 
@@ -402,3 +403,20 @@ def test_plan_and_recipes(capsys):
 
 def test_the_executable_is_where_the_tests_call_it():
     assert FLOWRL.is_file()
+
+
+@pytest.mark.parametrize(("processes", "spins"), [(1, "10000"), (2, "0"), (5, "0")])
+def test_threads_spin_on_an_idle_machine_only(monkeypatch, processes, spins):
+    """The count of what runs includes the process that asks."""
+    monkeypatch.setattr("flowrl.cli.Path", lambda name: SimpleNamespace(read_text=lambda: f"0.1 0.2 0.3 {processes}/210 12345\n"))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr("os.environ", dict(os.environ, GOMP_SPINCOUNT="7"))
+    set_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    del os.environ["GOMP_SPINCOUNT"]
+    set_spinning()
+    assert os.environ.pop("GOMP_SPINCOUNT") == spins
+    os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+    set_spinning()
+    assert "GOMP_SPINCOUNT" not in os.environ
