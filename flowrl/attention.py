@@ -44,11 +44,12 @@ def set_backend(module: nn.Module, name: str) -> None:
 
     kinds = (Attention, MochiAttention, AttentionModuleMixin)
     processors = [part.processor for part in module.modules() if isinstance(part, kinds) and part.processor is not None]
-    if not hasattr(module, "set_attention_backend") or not processors:
+    choose: Any = getattr(module, "set_attention_backend", None)
+    if choose is None or not processors:
         raise ValueError(f"{type(module).__name__} has no attention backends in this diffusers; leave attention_backend unset")
     if name != EAGER and name not in {backend.value for backend in AttentionBackendName}:
         raise ValueError(f"unknown backend; choose from {', '.join(names())}")
-    module.set_attention_backend("native" if name == EAGER else name)
+    choose("native" if name == EAGER else name)
 
     def dispatched(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         swapped = (each.transpose(1, 2) for each in (query, key, value))  # the dispatcher has tokens before heads
@@ -89,12 +90,12 @@ def _lead(processor: Any, kernel: Callable[..., Tensor] | None) -> None:
     if not hasattr(processor, "_kernel"):
         if kernel is None:
             return
-        processor.__class__ = _leading(type(processor))
+        processor.__class__ = _leading(processor.__class__)
     processor._kernel = kernel
 
 
 @functools.cache
-def _leading(kind: type) -> type:
+def _leading(kind: Any) -> Any:
     """A processor class whose calls look at `_kernel`. Its signature is kept: diffusers reads it."""
 
     @functools.wraps(kind.__call__)
