@@ -445,7 +445,7 @@ def test_incomplete_checkpoints_are_named(clip_folder, hps_folder, blip_folder, 
         ImageReward(head_file, tokenizer=blip_folder)
     with pytest.raises(ValueError, match=r"lacks 1 of 10 weights: layers.7.bias"):
         Aesthetic(without(head_file, "layers.7.bias"), clip_folder)
-    torch.save({**torch.load(head_file), "layers.0.weight": torch.zeros(1024, 768)}, tmp_path / "other.pth")
+    torch.save({**torch.load(head_file, weights_only=True), "layers.0.weight": torch.zeros(1024, 768)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"layers.0.weight has the shape \(1024, 768\) instead of \(1024, 24\)"):
         Aesthetic(tmp_path / "other.pth", clip_folder)
     (tmp_path / "broken.pt").write_bytes(b"no weights")

@@ -275,7 +275,7 @@ def test_what_is_missing_or_of_another_kind_is_named(folder, base, tmp_path):
             torch.save(state, place / "checkpoint-1" / "model.pth")
         return VideoRewardNetwork.load(place, dtype="float32")
 
-    whole = torch.load(folder / "checkpoint-11" / "model.pth")
+    whole = torch.load(folder / "checkpoint-11" / "model.pth", weights_only=True)
     with pytest.raises(ValueError, match="no VideoReward: it has no model_config.json"):
         VideoRewardNetwork.load(tmp_path)
     with pytest.raises(ValueError, match="no weights at"):
