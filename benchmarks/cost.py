@@ -5,7 +5,7 @@
 
 Rollout: `Policy.rollout` against `steps` bare calls of the transformer on the same batch without gradient. Update: one GRPO
 loss and its backward through the pipeline, against the transformer's own forward and backward. Both under the same autocast and
-attention backend. Medians over rounds; the two take turns inside a round, so that drift of the machine cancels.
+attention backend (--attention; on a CPU torch's fused kernel, `native`, makes both slower). Medians over rounds; the two take turns inside a round, so that drift of the machine cancels.
 
 Branches: one stochastic step (the third) from a state that the 8 samples of a group share, against the same step from 8 separate
 starts: what sharing states saves in the rollout and in the update.
@@ -68,10 +68,11 @@ def main() -> None:
     parser.add_argument("--trained", type=int, default=3, help="stochastic, trained steps")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--autocast", default="bfloat16")
+    parser.add_argument("--attention", help="backend; by default eager on a CPU, torch's own choice on a GPU")
     parser.add_argument("--sd35-medium", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = None if device == "cuda" else "eager"
+    backend = arguments.attention or (None if device == "cuda" else "eager")
 
     if arguments.sd35_medium:
         policy = sd35_medium(device)

@@ -7,7 +7,7 @@
 The recipe `tiny-marble` with a distractor: brightness, which on a bright ground is best where there is nothing. Its advantage
 goes against those of the other four in most groups. At every second update the gradient of each reward is measured and compared
 with the update that is made, which changes nothing in it. Every reward is measured on 120
-held-out prompts x 4 pictures, 20 ODE steps, averaged weights, the same seeds before and after, intervals by a paired bootstrap
+held-out prompts x 8 pictures, 20 ODE steps, averaged weights, the same seeds before and after, intervals by a paired bootstrap
 over prompts. The cost of a step is taken apart from that: trainers that do not watch take ten steps in turn, in one process, and
 count its processor time. Runs stay under --out and are taken up where they stopped; marble.png is written there.
 """
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from objectives import clear_false_start, kept_result, measured, measured_base, train
+from objectives import before_and_after, clear_false_start, kept_result, train
 
 from flowrl.commands.common import quiet_libraries
 from flowrl.config import load_recipe
 from flowrl.evaluate import compare, text_table
-from flowrl.record import load_trained, read_metrics
+from flowrl.record import read_metrics
 from flowrl.train import Trainer
 
 DISTRACTOR = "rewards.brightness=1"
@@ -61,8 +61,7 @@ def score(folder: Path) -> dict[str, Any]:
     if result is not None:
         return result
     recipe = load_recipe(folder / "recipe.yaml")
-    base = measured_base(recipe.model, recipe.autocast, json.dumps(recipe.rewards))
-    tuned = measured(load_trained(folder), recipe.rewards, folder.name)
+    base, tuned = before_and_after(folder, recipe, recipe.rewards)
     rewards = {name: vars(compare(base, tuned, name)) for name in base.rewards}
     result = {**facts, "rewards": rewards, "conflict": conflict(read_metrics(folder))}
     (folder / "result.json").write_text(json.dumps(result) + "\n")

@@ -4,11 +4,11 @@
     python benchmarks/objectives.py nft dpo --seeds 0 1        some of them
     python benchmarks/objectives.py --report                   the table of what is there
 
-An objective's run is its recipe `tiny-NAME` (GRPO's is the quick start), as it ships, for at most --max-minutes of processor
+An objective's run is its recipe `tiny-NAME` (NFT's is the quick start), as it ships, for at most --max-minutes of processor
 time. Its goal is the weighted sum of the rewards that it trained on; where it learned from data, what the data shows: right
-pictures. Measured on 120 held-out prompts x 4 pictures, 20 ODE steps, averaged weights, the same seeds before and after,
-intervals by a paired bootstrap over prompts. Runs stay under --out and are taken up where they stopped. With OMP_NUM_THREADS=1
-two of them fit on two cores.
+pictures. Measured on 120 held-out prompts x 8 pictures, by as many ODE steps as its recipe evaluates with (20 by default),
+averaged weights, the same seeds before and after, intervals by a paired bootstrap over prompts. Runs stay under --out and are
+taken up where they stopped. With OMP_NUM_THREADS=1 two of them fit on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flowrl.reward_models.base import load_rewards
 from flowrl.statistics import interval
 from flowrl.train import Trainer
 
-PROTOCOL = Protocol("tiny-test", 20, 1.0, seeds=4)
+PROMPTS, SEEDS = "tiny-test", 8
 #: What every run is measured by, besides its own goal.
 ALWAYS = {"tiny_strict": 1.0, "tiny_dense": 1.0}
 
@@ -95,14 +95,22 @@ def ending_at(deadline: float) -> Callable[..., None]:
     return hook
 
 
-def measured(policy: Policy, rewards: dict[str, Any], name: str) -> Evaluation:
+def measured(policy: Policy, rewards: dict[str, Any], steps: int, name: str) -> Evaluation:
     loaded = {label: reward for label, (reward, _) in load_rewards({**rewards, **ALWAYS}).items()}
-    return evaluate(policy, load_prompts(PROTOCOL.prompts), loaded, PROTOCOL, name=name)
+    return evaluate(policy, load_prompts(PROMPTS), loaded, Protocol(PROMPTS, steps, 1.0, SEEDS), name=name)
 
 
 @cache
-def measured_base(model: str, autocast: str | None, rewards: str) -> Evaluation:
-    return measured(Policy.load(model, autocast=autocast), json.loads(rewards), "base")
+def measured_base(model: str, rewards: str, steps: int, **options: Any) -> Evaluation:
+    return measured(Policy.load(model, **options), json.loads(rewards), steps, "base")
+
+
+def before_and_after(folder: Path, recipe: Recipe, rewards: dict[str, Any]) -> tuple[Evaluation, Evaluation]:
+    """The model that a run started from, measured once for all of them, and the run's own."""
+    steps = recipe.eval_num_inference_steps
+    options = {"dtype": recipe.dtype, "autocast": recipe.autocast, "attention_backend": recipe.attention_backend}
+    base = measured_base(recipe.model, json.dumps(rewards), steps, **options)
+    return base, measured(load_trained(folder, **options), rewards, steps, folder.name)
 
 
 def goal_of(result: Evaluation, goal: dict[str, float]) -> np.ndarray:
@@ -126,8 +134,7 @@ def score(folder: Path) -> dict[str, Any]:
     recipe = load_recipe(folder / "recipe.yaml")
     rewards = {} if facts["data"] else recipe.rewards
     goal = ALWAYS if facts["data"] else facts["goal"]
-    base = measured_base(recipe.model, recipe.autocast, json.dumps(rewards))
-    tuned = measured(load_trained(folder), rewards, folder.name)
+    base, tuned = before_and_after(folder, recipe, rewards)
     before, after = goal_of(base, goal), goal_of(tuned, goal)
     accuracy = compare(base, tuned, "tiny_strict")
     result = {
@@ -161,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="objectives; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--max-minutes", type=float, default=5, help="of processor time, for each run")
+    parser.add_argument("--max-minutes", type=float, default=8, help="of processor time, for each run")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     arguments = parser.parse_args()

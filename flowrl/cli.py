@@ -26,11 +26,11 @@ Align image and video generators (diffusion, flow matching) with rewards.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    gathers = next((name for name in ("overrides", "prompts") if isinstance(getattr(arguments, name, None), list)), None)
-    if rest and (gathers is None or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest and gathers:
-        getattr(arguments, gathers).extend(rest)  # words after options, which argparse leaves over
+    if rest:  # words after options, which argparse leaves over
+        words = vars(arguments).get("overrides", vars(arguments).get("prompts"))
+        if not isinstance(words, list) or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        words += rest
     set_spinning()  # before torch is loaded
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the folder that a reward's dotted path starts from

@@ -33,7 +33,7 @@ from flowrl.reward_models.base import REWARD_FILE, Traits
 from flowrl.reward_models.maps import latent_grid
 from flowrl.samplers.branching import branched_rollout, tree_seeds
 from flowrl.train.predict import PolicyPredict
-from flowrl.train.trainer import decode_in_parts, parts
+from flowrl.train.trainer import copies_of, decode_in_parts, parts
 
 PHASES = ("rollout", "decode", "update")
 #: A prompt of usual length, where the recipe's file is not here.
@@ -133,11 +133,7 @@ class Run:
         if recipe.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.shapes = Shapes(self.policy)
-        self.copies = ["ema"]
-        if self.objective.needs.old or (self.objective.needs.reference and recipe.reference_weights == "old"):
-            self.copies.append("old")
-        if self.objective.needs.reference and recipe.train == "full":
-            self.copies.append("reference")
+        self.copies = copies_of(self.objective.needs, recipe)
         for name in self.copies:
             self.policy.snapshot(name)
         for parameter in self.policy.trainable().values():
@@ -251,7 +247,7 @@ class Run:
         return ledger.peak + (shown - pictures.nbytes), shown, ledger.flops * times
 
     def update(self, batch: Samples) -> tuple[int, int]:
-        """Bytes at most while a batch's loss and its gradient are taken, beside that; operations of all points."""
+        """Largest memory that a batch's loss and gradient take, in bytes, without weights and samples; operations of all points."""
         advantage = torch.linspace(-1, 1, len(batch)) if self.recipe.data is None else torch.ones(len(batch))
         if self.recipe.data is not None and self.plan.group_size == 2:
             advantage[1::2] = -1

@@ -216,7 +216,7 @@ def test_a_run_of_each_family(recipe, tmp_path, name, guided):
     assert rows[0]["policy_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["margin"] == 0 and rows[0]["implicit_accuracy"] == 0.5 and rows[1]["margin"] != 0
     assert rows[0]["rows"] == rows[1]["rows"] == 4
-    assert not trainer.keeps_old and "reward" in rows[0]
+    assert "old" not in trainer.copies and "reward" in rows[0]
 
 
 def test_a_pair_shares_its_noise_and_time(recipe, tmp_path):

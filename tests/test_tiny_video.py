@@ -165,9 +165,7 @@ def test_wrong_arguments_are_named():
 
 
 def test_the_build_makes_a_pipeline_that_the_policy_drives(tmp_path):
-    arch = video.Architecture(
-        vae_width=4, vae_widening=(1, 1, 1, 1), layers=2, heads=2, head_dim=24, text_width=48, text_layers=1
-    )
+    arch = video.Architecture(vae_width=4, vae_widening=(1, 1, 1), layers=2, heads=2, head_dim=24, text_width=48, text_layers=1)
     settings = stages.Settings(
         out=tmp_path / "model",
         work=tmp_path / "work",

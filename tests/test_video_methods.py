@@ -207,9 +207,7 @@ def test_rollouts_of_clips_lean_towards_the_process_reward(policy, folder):
 def small() -> Policy:
     """The embedded model of clips before its training, and smaller."""
     torch.manual_seed(0)
-    arch = video.Architecture(
-        vae_width=4, vae_widening=(1, 1, 1, 1), layers=2, heads=2, head_dim=24, text_width=48, text_layers=1
-    )
+    arch = video.Architecture(vae_width=4, vae_widening=(1, 1, 1), layers=2, heads=2, head_dim=24, text_width=48, text_layers=1)
     pipe = video.make_pipeline(arch, video.make_vae(arch))
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():

@@ -44,6 +44,7 @@ from flowrl.train.balancing import Balancing, over_updates
 from flowrl.train.constraints import Constraints
 from flowrl.train.loop_habits import Interrupts, in_any_process, lr_factor, print_rows, reduce_gradients, trackers, wind_up
 from flowrl.train.objectives import OBJECTIVES
+from flowrl.train.objectives.base import Needs
 from flowrl.train.offline import Data
 from flowrl.train.predict import PolicyPredict
 from flowrl.train.scoring import Scoring
@@ -159,9 +160,9 @@ class Trainer:
             betas=(recipe.adam_beta1, recipe.adam_beta2),
             weight_decay=recipe.weight_decay,
         )
-        self.policy.snapshot("ema")
-        if self.keeps_old:
-            self.policy.snapshot("old")
+        self.copies = copies_of(self.objective.needs, recipe, self.references)
+        for name in self.copies:
+            self.policy.snapshot(name)
         self.progress = record.Progress()
         if self.checkpoint:
             self.restore(self.checkpoint)
@@ -176,11 +177,6 @@ class Trainer:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
-
-    @property
-    def keeps_old(self) -> bool:
-        """Whether there is a slow copy: the objective samples from it, or compares with it."""
-        return self.objective.needs.old or (self.objective.needs.reference and self.recipe.reference_weights == "old")
 
     @property
     def learning(self) -> dict[str, LearningReward]:
@@ -200,8 +196,6 @@ class Trainer:
             if recipe.lora:
                 raise ConfigError("lora and train=full exclude each other: merge the LoRA into the model first")
             self.policy.train_all()
-            if self.objective.needs.reference or getattr(self.references, "weights", None) == "reference":
-                self.policy.snapshot("reference")
         elif self.policy.has_lora:
             self.policy.train_lora()
         else:
@@ -267,7 +261,7 @@ class Trainer:
         if self.progress.updates == 0 and recipe.checks:
             preflight.check_run(self, batches, scores)
         metrics.update(self.update(batches, advantage))
-        if self.keeps_old:
+        if "old" in self.copies:
             self.policy.blend("old", old_decay(recipe.old_decay, self.progress.step))
         clock.lap("update_time")
         self.progress.step += 1
@@ -907,6 +901,20 @@ def _check_lora(lora: str | None) -> None:
         raise ConfigError(f"lora: there is no {LORA_FILE} in {lora}")
     if lora.count("/") != 1 or lora.startswith((".", "/", "~")):
         raise ConfigError(f"lora: there is no folder {lora} (hub ids look like owner/name)")
+
+
+def copies_of(needs: Needs, recipe: Recipe, references: object = None) -> list[str]:
+    """Which copies of the weights a run keeps.
+
+    "ema", the average; "old", the slow one that an objective samples from or compares with; "reference", the weights it started
+    from, where they cannot be had by switching a LoRA off. references: what the learning rewards compare with, if anything.
+    """
+    names = ["ema"]
+    if needs.old or (needs.reference and recipe.reference_weights == "old"):
+        names.append("old")
+    if recipe.train == "full" and (needs.reference or getattr(references, "weights", None) == "reference"):
+        names.append("reference")
+    return names
 
 
 def decode_in_parts(policy: Policy, how: str) -> None:

@@ -82,7 +82,15 @@ def write_prompts(folder: Path) -> None:
 
 
 #: What differs from `Settings` where clips are trained.
-VIDEO: dict[str, Any] = {"world": "video", "vae_batch": 4, "pool": 24_000, "vae_steps": 3000, "vae_emphasis": 4.0}
+VIDEO: dict[str, Any] = {
+    "world": "video",
+    "vae_batch": 4,
+    "vae_steps": 2600,
+    "vae_stills": 1200,
+    "vae_lr": 1.5e-3,
+    "vae_emphasis": 4.0,
+    "pool": 24_000,
+}
 
 
 def _parser(video: bool) -> argparse.ArgumentParser:
