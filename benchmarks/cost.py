@@ -5,7 +5,8 @@
 
 Rollout: `Policy.rollout` against `steps` bare calls of the transformer on the same batch without gradient. Update: one GRPO
 loss and its backward through the pipeline, against the transformer's own forward and backward. Both under the same autocast and
-attention backend (--attention; on a CPU torch's fused kernel, `native`, makes both slower). Medians over rounds; the two take turns inside a round, so that drift of the machine cancels.
+attention backend (--attention; on a CPU torch's fused kernel, `native`, makes both slower). Medians over rounds; the two take
+turns inside a round, so that drift of the machine cancels.
 
 Branches: one stochastic step (the third) from a state that the 8 samples of a group share, against the same step from 8 separate
 starts: what sharing states saves in the rollout and in the update.

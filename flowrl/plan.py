@@ -247,7 +247,7 @@ class Run:
         return ledger.peak + (shown - pictures.nbytes), shown, ledger.flops * times
 
     def update(self, batch: Samples) -> tuple[int, int]:
-        """Largest memory that a batch's loss and gradient take, in bytes, without weights and samples; operations of all points."""
+        """Peak bytes of a batch's loss and gradient, without weights and samples; operations of all points."""
         advantage = torch.linspace(-1, 1, len(batch)) if self.recipe.data is None else torch.ones(len(batch))
         if self.recipe.data is not None and self.plan.group_size == 2:
             advantage[1::2] = -1
