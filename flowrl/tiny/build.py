@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     if threads := options.pop("threads"):
         torch.set_num_threads(threads)
     write_prompts(options.pop("prompts"))
-    world = "video" if options.pop("video") else "pictures"
-    bf16 = not options.pop("fp32")
-    build(Settings(**options, world=world, bf16=bf16))
+    options["bf16"] = not options.pop("fp32")
+    del options["video"]
+    build(Settings(**{**(VIDEO if video else {}), **options}))
 
 
 if __name__ == "__main__":
