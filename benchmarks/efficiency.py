@@ -2,6 +2,7 @@
 
     python benchmarks/efficiency.py                        GRPO on all steps, Fast, G2RPO, NFT and AWM; seeds 0 1 2
     python benchmarks/efficiency.py nft dgpo --seeds 0     some of them, or other objectives that have a tiny recipe
+    python benchmarks/efficiency.py guided unguided        Euphonium on clips, with the process reward's lean and without
     python benchmarks/efficiency.py --report               the table and the picture of what is there
 
 A run is the objective's tiny recipe, as it ships, for at most --max-minutes of processor time. Every --every steps the averaged
@@ -24,13 +25,13 @@ import numpy as np
 from objectives import ALWAYS, clear_false_start, names, recipe_of, train
 
 from flowrl.commands.common import quiet_libraries
+from flowrl.config import Recipe
 from flowrl.data import load_prompts
 from flowrl.evaluate import Protocol, evaluate, text_table
 from flowrl.policy import Policy
 from flowrl.reward_models.base import load_rewards
 from flowrl.train import Trainer
 
-PROMPTS = "tiny-test"
 #: By name: what a table calls it, its objective, and how it differs from that one's recipe. Others go by their objective's name.
 METHODS: dict[str, tuple[str, str, list[str]]] = {
     "grpo_all": ("GRPO, all steps but the last", "grpo", ["steps=all_but_last"]),
@@ -38,7 +39,10 @@ METHODS: dict[str, tuple[str, str, list[str]]] = {
     "g2rpo": ("G2RPO", "g2rpo", []),
     "nft": ("NFT", "nft", []),
     "awm": ("AWM", "awm", []),
+    "guided": ("Euphonium, guided rollouts", "video-euphonium", []),
+    "unguided": ("Euphonium, unguided", "video-euphonium", ["objective.guide=false"]),
 }
+DEFAULTS = ("grpo_all", "fast", "g2rpo", "nft", "awm")
 POINTS = (5.0, 8.0)  #: Levels, in points above the base model.
 ACCURACY = 90.0  #: A level in percent.
 SHARE = 0.9  #: A level as a share of the largest gain of all runs.
@@ -51,11 +55,12 @@ def method(name: str) -> tuple[str, str, list[str]]:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def accuracy(policy: Policy, pictures: int, weights: str = "policy") -> float:
-    """Percent of right pictures."""
-    protocol = Protocol(PROMPTS, 20, 1.0, seeds=pictures)
-    rewards = {label: reward for label, (reward, _) in load_rewards(ALWAYS).items()}
-    return 100 * evaluate(policy, load_prompts(PROMPTS), rewards, protocol, weights=weights).mean("tiny_strict")
+def accuracy(policy: Policy, prompts: str, pictures: int, weights: str = "policy") -> float:
+    """Percent of right pictures or clips."""
+    strict = next(iter(ALWAYS[prompts]))
+    rewards = {label: reward for label, (reward, _) in load_rewards({strict: 1.0}).items()}
+    protocol = Protocol(prompts, 20, 1.0, seeds=pictures)
+    return 100 * evaluate(policy, load_prompts(prompts), rewards, protocol, weights=weights).mean(strict)
 
 
 class Curve:
@@ -78,7 +83,7 @@ class Curve:
         before = rows[-1]["minutes"] if rows else 0.0
         row = {"step": step, "images": trainer.progress.images, "minutes": before + seconds / 60}
         if step % self.every == 0:
-            row["accuracy"] = accuracy(trainer.policy, self.pictures, "ema")
+            row["accuracy"] = accuracy(trainer.policy, str(trainer.recipe.eval_prompts), self.pictures, "ema")
         self.file.write_text("".join(json.dumps(one) + "\n" for one in [*rows, row]))
         self.ended = time.process_time()
 
@@ -87,18 +92,18 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def base_accuracy(out: Path, pictures: int) -> float:
-    """Of the model that all runs start from, kept. Raises SystemExit where it was measured on another number of pictures."""
-    kept = out / "base.json"
+def base_accuracy(out: Path, recipe: Recipe, pictures: int) -> float:
+    """Of the model that all runs start from, kept. Raises SystemExit where another was, or another number of pictures."""
+    kept, facts = out / "base.json", {"model": recipe.model, "pictures": pictures}
     if kept.is_file():
         found = json.loads(kept.read_text())
-        if found["pictures"] != pictures:
-            raise SystemExit(f"{out} holds runs with --pictures {found['pictures']}: give the same, or another --out")
+        if different := [f"{key} {found[key]}" for key in facts if found[key] != facts[key]]:
+            raise SystemExit(f"{out} holds runs with {' and '.join(different)}: give another --out")
         return found["accuracy"]
-    recipe = recipe_of("grpo")
-    value = accuracy(Policy.load(recipe.model, autocast=recipe.autocast), pictures)
+    policy = Policy.load(recipe.model, autocast=recipe.autocast, attention_backend=recipe.attention_backend)
+    value = accuracy(policy, str(recipe.eval_prompts), pictures)
     out.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"pictures": pictures, "accuracy": value}) + "\n")
+    kept.write_text(json.dumps({**facts, "accuracy": value}) + "\n")
     return value
 
 
@@ -193,7 +198,7 @@ def report(out: Path, base: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="*", help=f"of {', '.join(METHODS)}, or any objective with a tiny recipe; those by default"
+        "names", nargs="*", help=f"of {', '.join(METHODS)}, or any objective with a tiny recipe; the first five by default"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-minutes", type=float, default=8, help="of processor time, for each run, with its evaluations")
@@ -206,10 +211,11 @@ def main() -> None:
     if unknown := [name for name in arguments.names if method(name)[1] not in names()]:
         parser.error(f"{unknown[0]}: known are {', '.join([*METHODS, *names()])}")
     quiet_libraries()
-    base = base_accuracy(arguments.out, arguments.pictures)
+    chosen = arguments.names or DEFAULTS
+    base = base_accuracy(arguments.out, recipe_of(method(chosen[0])[1]), arguments.pictures)
     if not arguments.report:
         for seed in arguments.seeds:
-            for name in arguments.names or METHODS:
+            for name in chosen:
                 _, objective, overrides = method(name)
                 folder = arguments.out / f"{name}-{seed}"
                 clear_false_start(folder)

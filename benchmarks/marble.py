@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=80, help="of each run")
+    parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--max-minutes", type=float, default=15, help="of processor time, for each run")
     parser.add_argument("--cost-rounds", type=int, default=3, help=f"of {REFRESH} steps, for the cost; 0 leaves it out")
     parser.add_argument("--report", action="store_true", help="train nothing")

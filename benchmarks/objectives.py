@@ -6,9 +6,9 @@
 
 An objective's run is its recipe `tiny-NAME` (NFT's is the quick start), as it ships, for at most --max-minutes of processor
 time. Its goal is the weighted sum of the rewards that it trained on; where it learned from data, what the data shows: right
-pictures. Measured on 120 held-out prompts x 8 pictures, by as many ODE steps as its recipe evaluates with (20 by default),
-averaged weights, the same seeds before and after, intervals by a paired bootstrap over prompts. Runs stay under --out and are
-taken up where they stopped. With OMP_NUM_THREADS=1 two of them fit on two cores.
+pictures. Measured on 120 held-out prompts x 8 pictures (`video-NAME`: clips), by as many ODE steps as its recipe evaluates with
+(20 by default), averaged weights, the same seeds before and after, intervals by a paired bootstrap over prompts. Runs stay under
+--out and are taken up where they stopped. With OMP_NUM_THREADS=1 two of them fit on two cores.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ from flowrl.reward_models.base import load_rewards
 from flowrl.statistics import interval
 from flowrl.train import Trainer
 
-PROMPTS, SEEDS = "tiny-test", 8
-#: What every run is measured by, besides its own goal.
-ALWAYS = {"tiny_strict": 1.0, "tiny_dense": 1.0}
+SEEDS = 8  #: Pictures or clips for each held-out prompt.
+#: What every run is measured by, besides its own goal: of pictures, and of clips.
+ALWAYS = {
+    "tiny-test": {"tiny_strict": 1.0, "tiny_dense": 1.0},
+    "tiny-video-test": {"tiny_video_strict": 1.0, "tiny_video_dense": 1.0},
+}
 
 
 def names() -> list[str]:
@@ -95,22 +98,22 @@ def ending_at(deadline: float) -> Callable[..., None]:
     return hook
 
 
-def measured(policy: Policy, rewards: dict[str, Any], steps: int, name: str) -> Evaluation:
-    loaded = {label: reward for label, (reward, _) in load_rewards({**rewards, **ALWAYS}).items()}
-    return evaluate(policy, load_prompts(PROMPTS), loaded, Protocol(PROMPTS, steps, 1.0, SEEDS), name=name)
+def measured(policy: Policy, prompts: str, rewards: dict[str, Any], steps: int, name: str) -> Evaluation:
+    loaded = {label: reward for label, (reward, _) in load_rewards({**rewards, **ALWAYS[prompts]}).items()}
+    return evaluate(policy, load_prompts(prompts), loaded, Protocol(prompts, steps, 1.0, SEEDS), name=name)
 
 
 @cache
-def measured_base(model: str, rewards: str, steps: int, **options: Any) -> Evaluation:
-    return measured(Policy.load(model, **options), json.loads(rewards), steps, "base")
+def measured_base(model: str, prompts: str, rewards: str, steps: int, **options: Any) -> Evaluation:
+    return measured(Policy.load(model, **options), prompts, json.loads(rewards), steps, "base")
 
 
 def before_and_after(folder: Path, recipe: Recipe, rewards: dict[str, Any]) -> tuple[Evaluation, Evaluation]:
     """The model that a run started from, measured once for all of them, and the run's own."""
-    steps = recipe.eval_num_inference_steps
+    prompts, steps = str(recipe.eval_prompts), recipe.eval_num_inference_steps
     options = {"dtype": recipe.dtype, "autocast": recipe.autocast, "attention_backend": recipe.attention_backend}
-    base = measured_base(recipe.model, json.dumps(rewards), steps, **options)
-    return base, measured(load_trained(folder, **options), rewards, steps, folder.name)
+    base = measured_base(recipe.model, prompts, json.dumps(rewards), steps, **options)
+    return base, measured(load_trained(folder, **options), prompts, rewards, steps, folder.name)
 
 
 def goal_of(result: Evaluation, goal: dict[str, float]) -> np.ndarray:
@@ -133,10 +136,11 @@ def score(folder: Path) -> dict[str, Any]:
         return result
     recipe = load_recipe(folder / "recipe.yaml")
     rewards = {} if facts["data"] else recipe.rewards
-    goal = ALWAYS if facts["data"] else facts["goal"]
+    always = ALWAYS[str(recipe.eval_prompts)]
+    goal = always if facts["data"] else facts["goal"]
     base, tuned = before_and_after(folder, recipe, rewards)
     before, after = goal_of(base, goal), goal_of(tuned, goal)
-    accuracy = compare(base, tuned, "tiny_strict")
+    accuracy = compare(base, tuned, next(iter(always)))
     result = {
         **facts,
         "before": float(before.mean()),

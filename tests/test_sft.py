@@ -76,20 +76,23 @@ def test_a_run(recipe, tmp_path, name):
 def test_few_steps_draw_short_latents():
     """What SFT repeats where nothing holds it: own latents of `tiny-sd3` for 32 training captions, mixed as in its training,
     deviate .964 times as much as those of four true scenes of each caption by 8 Euler steps (channels by themselves .91 to .96),
-    and .983 times by 20 steps from the same noise. Other captions and noise: .950 to .969, and .971 to .991."""
+    and .983 times by 20 steps from the same noise. Other captions and noise: .950 to .969, and .971 to .991. Eight steps of the
+    second order: 1.006."""
     policy, rng = Policy.load("tiny-sd3"), np.random.default_rng(0)
     specs = [random_spec(rng, "train", models.KIND_WEIGHTS) for _ in range(32)]
     pixels = torch.from_numpy(render_batch([sample_scene(spec, rng) for spec in specs for _ in range(4)], rng))
     with torch.no_grad():
         true = models.whiten(policy.pipe.vae, policy.pipe.vae.encode(2 * pixels - 1).latent_dist.mean)
 
-    def share(steps: int) -> tuple[float, list[float]]:
-        own = policy.rollout([spec["prompt"] for spec in specs], range(32), num_inference_steps=steps).latents.float()
+    def share(steps: int, solver: str = "euler") -> tuple[float, list[float]]:
+        prompts = [spec["prompt"] for spec in specs]
+        own = policy.rollout(prompts, range(32), num_inference_steps=steps, solver=solver).latents.float()
         return float(own.std() / true.std()), (own.std((0, 2, 3)) / true.std((0, 2, 3))).tolist()
 
-    (few, channels), (many, _) = share(8), share(20)
+    (few, channels), (many, _), (second_order, _) = share(8), share(20), share(8, "dpmpp2m")
     assert true.std().item() == pytest.approx(1.0, abs=0.01)
     assert few == pytest.approx(0.964, abs=0.008) and many == pytest.approx(0.983, abs=0.008)
+    assert second_order == pytest.approx(1.0, abs=0.015)
     assert channels == pytest.approx([0.943, 0.928, 0.956, 0.910], abs=0.015)
 
 

@@ -164,6 +164,26 @@ def test_wrong_arguments_are_named():
 # ------------------------------------------------------------------------------------------------ build
 
 
+def test_what_only_the_clips_build_sets_reaches_it(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setattr(build, "build", built.append)
+    build.main(["--video", "--vae-steps", "7", "--prompts", str(tmp_path)])
+    build.main(["--prompts", str(tmp_path)])
+    assert (built[0].world, built[0].vae_emphasis, built[0].vae_stills, built[0].vae_steps) == ("video", 4.0, 1200, 7)
+    assert (built[1].world, built[1].vae_emphasis, built[1].vae_stills, built[1].bf16) == ("pictures", 0.0, 0, True)
+
+
+def test_stills_are_frames_of_different_clips():
+    """The stills of a seed are frames of the clips of that seed, at a place that differs from one to the next."""
+    clips, _ = video.draw(np.random.default_rng(3), 6, "train", video.KIND_WEIGHTS)
+    frames = video.stills(np.random.default_rng(3), 6)
+    assert frames.shape == (6, 3, 1, SIDE, SIDE)
+    places = [
+        {k for k in range(FRAMES) if np.array_equal(clip[:, k], frame[:, 0])} for clip, frame in zip(clips, frames, strict=True)
+    ]
+    assert all(places) and len({frozenset(place) for place in places}) > 1
+
+
 def test_the_build_makes_a_pipeline_that_the_policy_drives(tmp_path):
     arch = video.Architecture(vae_width=4, vae_widening=(1, 1, 1), layers=2, heads=2, head_dim=24, text_width=48, text_layers=1)
     settings = stages.Settings(
@@ -171,7 +191,8 @@ def test_the_build_makes_a_pipeline_that_the_policy_drives(tmp_path):
         work=tmp_path / "work",
         world="video",
         steps=2,
-        vae_steps=1,
+        vae_steps=2,
+        vae_stills=1,
         vae_batch=2,
         pool=8,
         batch=4,
