@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="objectives; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--max-minutes", type=float, default=8, help="of processor time, for each run")
+    parser.add_argument("--max-minutes", type=float, default=9, help="of processor time, for each run")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     arguments = parser.parse_args()
