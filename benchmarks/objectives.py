@@ -180,7 +180,8 @@ def main() -> None:
     if not arguments.report:
         for name in arguments.names or names():
             for seed in arguments.seeds:
-                score(train(name, seed, arguments.out, arguments.max_minutes))
+                clear_false_start(arguments.out / f"{name}-{seed}")
+                score(train(name, seed, arguments.out, arguments.max_minutes, "checkpointing_steps=10"))
                 print(table(arguments.out), flush=True)
     print(table(arguments.out))
 
