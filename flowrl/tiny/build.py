@@ -85,7 +85,7 @@ def write_prompts(folder: Path) -> None:
 VIDEO: dict[str, Any] = {
     "world": "video",
     "vae_batch": 4,
-    "vae_steps": 4400,
+    "vae_steps": 6000,
     "vae_stills": 1200,
     "vae_lr": 1.5e-3,
     "vae_emphasis": 4.0,
