@@ -173,6 +173,20 @@ def test_rewards_without_a_gradient_are_refused(recipe, tmp_path):
         trainer.step()
 
 
+def test_a_reward_that_abstains_wholly_changes_nothing(recipe, tmp_path):
+    """One that can give no gradient now, as a reward of latents that has fallen behind: no error, no step."""
+
+    def silent(images, prompts):
+        return [float("nan")] * len(images) if images.requires_grad else [float(image.mean()) for image in images]
+
+    silent.traits = Traits(differentiable=True)
+    options = [f"output_dir={tmp_path}/run", *NODES, "checks=false", "weight_decay=0"]
+    trainer = Trainer(load_recipe(recipe, options), rewards={"silent": silent}, policy=Policy(tiny("sd3"), CALL["sd3"]))
+    before = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
+    assert trainer.step()["grad_norm"] == 0
+    assert all(torch.equal(before[name], p) for name, p in trainer.policy.trainable().items())
+
+
 def test_frames_are_of_clips(recipe, tmp_path):
     """On pictures they are refused; of a clip of 5, two frames in their order, and others for another batch."""
     with pytest.raises(ValueError, match="frames=2: this model draws pictures"):

@@ -140,7 +140,9 @@ class PolicyPredict:
             with failing_as(name):
                 check_needs(reward, samples, name)
                 values = reward(samples)
-            if climbed and not values.requires_grad:
+            if climbed and not values.requires_grad and bool(values.isnan().all()):  # all abstain: a gradient of 0
+                values = values.to(x0.device) + 0 * (latents if seen is None or latents.requires_grad else seen).flatten(1).sum(1)
+            elif climbed and not values.requires_grad:
                 raise RewardError(
                     f"reward {name!r} says that it is differentiable, but its values carry no graph: does it leave torch, or "
                     "call detach, item or no_grad? Let the graph through, or say differentiable=False in its traits"
