@@ -107,7 +107,7 @@ def _data(settings: Settings, count: int, *key: int) -> tuple[np.ndarray, list[s
 
 
 def _vae_batch(settings: Settings, step: int) -> np.ndarray:
-    """Pictures or clips in [0, 1], or single frames at first: what they look like is learned nine times as fast from them."""
+    """Pictures or clips in [0, 1], or single frames at first: many more scenes for the same work."""
     if step < settings.vae_stills:
         return settings.of.stills(_rng(settings, 1, step), settings.vae_batch * settings.of.FRAMES)
     return _data(settings, settings.vae_batch, 1, step)[0]

@@ -70,8 +70,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_vae(arch: Architecture) -> AutoencoderKLWan:
     """Pixels (B, 3, 9, 48, 48) in [-1, 1] to latents (B, 12, 3, 6, 6) and back.
 
-    In the form of Wan 2.2, patches of 2 x 2 and shortcuts around each change of size. That of Wan 2.1, which has neither, takes
-    half as long again for a step and had not learned colours after 3,000.
+    In the form of Wan 2.2, patches of 2 x 2 and shortcuts around each change of size. That of Wan 2.1, which has neither, learns
+    more slowly: mean error of updates 50 to 100, four clips each, 0.60 (width 32) against 1.02 (width 16), 0.6 and 0.8 s each.
     """
     vae = AutoencoderKLWan(
         base_dim=arch.vae_width,
