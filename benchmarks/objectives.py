@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py                            every objective that is not in the table yet
     python benchmarks/objectives.py nft dpo --seeds 0 1        some of them
+    python benchmarks/objectives.py rwr --set objective.kl=2 learning_rate=1e-3 --out runs/try
     python benchmarks/objectives.py --report                   the table of what is there
 
 An objective's run is its recipe `tiny-NAME` (NFT's is the quick start), as it ships, for at most --max-minutes of processor
@@ -14,11 +15,11 @@ pictures. Measured on 120 held-out prompts x 8 pictures (`video-NAME`: clips), b
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from flowrl.evaluate import Evaluation, Protocol, compare, evaluate, text_table
 from flowrl.policy import Policy
 from flowrl.record import checkpoints, load_trained
 from flowrl.reward_models.base import load_rewards
+from flowrl.scorefile import read_results, write_results
 from flowrl.statistics import interval
 from flowrl.train import Trainer
 
@@ -103,17 +105,15 @@ def measured(policy: Policy, prompts: str, rewards: dict[str, Any], steps: int, 
     return evaluate(policy, load_prompts(prompts), loaded, Protocol(prompts, steps, 1.0, SEEDS), name=name)
 
 
-@cache
-def measured_base(model: str, prompts: str, rewards: str, steps: int, **options: Any) -> Evaluation:
-    return measured(Policy.load(model, **options), prompts, json.loads(rewards), steps, "base")
-
-
 def before_and_after(folder: Path, recipe: Recipe, rewards: dict[str, Any]) -> tuple[Evaluation, Evaluation]:
-    """The model that a run started from, measured once for all of them, and the run's own."""
+    """The model that a run started from, measured once for all that measure the same, and the run's own."""
     prompts, steps = str(recipe.eval_prompts), recipe.eval_num_inference_steps
     options = {"dtype": recipe.dtype, "autocast": recipe.autocast, "attention_backend": recipe.attention_backend}
-    base = measured_base(recipe.model, prompts, json.dumps(rewards), steps, **options)
-    return base, measured(load_trained(folder, **options), prompts, rewards, steps, folder.name)
+    facts = json.dumps([recipe.model, prompts, rewards, steps, SEEDS, options], default=str)
+    kept = folder.parent / f"base-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.json"
+    if not kept.is_file():
+        write_results(kept, [measured(Policy.load(recipe.model, **options), prompts, rewards, steps, "base")])
+    return read_results(kept)[0], measured(load_trained(folder, **options), prompts, rewards, steps, folder.name)
 
 
 def goal_of(result: Evaluation, goal: dict[str, float]) -> np.ndarray:
@@ -173,6 +173,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="objectives; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max-minutes", type=float, default=9, help="of processor time, for each run")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="options that differ in all runs; give an --out"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     arguments = parser.parse_args()
@@ -181,7 +184,7 @@ def main() -> None:
         for name in arguments.names or names():
             for seed in arguments.seeds:
                 clear_false_start(arguments.out / f"{name}-{seed}")
-                score(train(name, seed, arguments.out, arguments.max_minutes, "checkpointing_steps=10"))
+                score(train(name, seed, arguments.out, arguments.max_minutes, "checkpointing_steps=10", *arguments.set))
                 print(table(arguments.out), flush=True)
     print(table(arguments.out))
 

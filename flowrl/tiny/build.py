@@ -121,6 +121,7 @@ def _parser(video: bool) -> argparse.ArgumentParser:
     add("--device", default=defaults.device, help="auto, cpu, cuda, ...")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     add("--fp32", action="store_true", help="train without bf16 autocast (slower on recent CPUs and GPUs)")
+    add("--compile", action="store_true", help="the transformer by torch.compile: a quarter faster on a CPU, wants a C++ compiler")
     add("--until", choices=STAGES, default=defaults.until, help="stop after this stage")
     add("--export-every", type=float, default=defaults.export_every, help="seconds between early exports; 0: none")
     add("--evaluate-every", type=int, default=defaults.evaluate_every, help="steps between evaluations in the log")
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(threads)
     write_prompts(options.pop("prompts"))
     options["bf16"] = not options.pop("fp32")
+    options["compiled"] = options.pop("compile")
     del options["video"]
     build(Settings(**{**(VIDEO if video else {}), **options}))
 
