@@ -271,7 +271,8 @@ def test_a_dual_encoder_of_clips_is_trained_saved_and_loaded(tmp_path):
     assert {"accuracy", "still", "two"} <= set(trainer.held_out) and trainer.held_out["accuracy"].n == 12
     reward = load_reward(folder)
     assert isinstance(reward.encoder, SheetEncoder) and score_one("r", reward, made(clips())).isfinite().all()
-    assert "dual encoder for the embedded world of clips" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "dual encoder for the embedded world of clips" in card and f"flowrl train tiny-video-nft rewards.{folder}=1" in card
     with pytest.raises(ConfigError, match="side=12: a multiple of 8"):
         RewardTrainer(recipe(tmp_path / "other", "video_clip", batch=8, side=12))
 

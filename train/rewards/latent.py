@@ -150,6 +150,10 @@ class Latent:
     def save(self, folder: Path) -> None:
         save_head(self.head, folder, self.model, self.at, imitates=self.scorer.name, call=self.call)
 
+    @property
+    def tried_by(self) -> str:
+        return "tiny-video-nft" if self.policy.facts.draws_clips else "quickstart"
+
     def describe(self) -> str:
         return f"""\
 `{self.scorer.name}` read off the latents of `{self.model}`, without decoding: its expected value given a noisy latent x_t, the

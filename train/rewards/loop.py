@@ -58,7 +58,10 @@ class Score(NamedTuple):
 
 
 class Task(Protocol):
-    """What is learnt, and from what. A dataclass of options; its methods are called in this order."""
+    """What is learnt, and from what. A dataclass of options; its methods are called in this order.
+
+    One whose reward does not score pictures says in `tried_by` which recipe shows it at work.
+    """
 
     def prepare(self, recipe: RewardRecipe, device: torch.device) -> nn.Module:
         """Load data and model. The parameters that require a gradient are trained. Raises ConfigError for bad options or data."""
@@ -84,6 +87,11 @@ def load_task(section: dict[str, Any]) -> Task:
     options = dict(section)
     name = options.pop("name", None)
     return make(find_task(str(name)), options, "task")
+
+
+def tried_by(task: Task) -> str:
+    """The recipe that shows a task's reward at work: the task's own `tried_by`, or that of pictures."""
+    return getattr(task, "tried_by", "quickstart")
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -343,7 +351,7 @@ class RewardTrainer:
             for path in temporary.iterdir():
                 record.move(path, self.folder / path.name)
         print("\n" + "\n".join(f"  {line}" for line in self._table()))
-        print(f"\nDone: {self.folder}\nUse it: flowrl train quickstart rewards.{self.folder}=1")
+        print(f"\nDone: {self.folder}\nUse it: flowrl train {tried_by(self.task)} rewards.{self.folder}=1")
 
     def _table(self) -> list[str]:
         """Held-out scores before and after, each with its number of examples, as the rows of a Markdown table."""
@@ -361,6 +369,7 @@ class RewardTrainer:
         return CARD.format(
             name=self.folder.name,
             description=self.task.describe().strip(),
+            recipe=tried_by(self.task),
             steps=self.progress.step,
             batch=recipe.batch_size,
             rate=recipe.learning_rate,
@@ -391,7 +400,7 @@ tags: [flowrl, reward-model]
 
 ## Use
 
-`flowrl train quickstart rewards.{folder}=1`, or
+`flowrl train {recipe} rewards.{folder}=1`, or
 
 ```python
 from flowrl.reward_models import load_reward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ def tiny_video_clip(width: int, layers: int, text_width: int, text_layers: int, 
 @dataclass
 class VideoContrastive(Contrastive):
     """Options of the task `video_clip`."""
+
+    tried_by: ClassVar = "tiny-video-nft"
 
     eval_pictures: int = 0  #: Not used here.
     side: int = 32  #: Pixels of a frame on the sheet, a multiple of 8.

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -114,6 +114,8 @@ class Marks(nn.Module):
 @dataclass
 class VideoPreference:
     """Options of the task `video_preference`."""
+
+    tried_by: ClassVar = "tiny-video-nft"
 
     data: str = "tiny"  #: File of `flowrl.clip_pairs` (.csv, .jsonl), or `tiny`: drawn clips whose flaws are known.
     eval_data: str | None = None  #: Held-out data; by default a part of the prompts of `data`.

@@ -19,6 +19,7 @@ from flowrl.train.rewards.transport import Transport
 class VideoTransport(Transport):
     """Options of the task `video_transport`."""
 
+    tried_by: ClassVar = "tiny-video-nft"
     grammar: ClassVar = GRAMMAR
     column: ClassVar = "video"
     wanted: ClassVar = 'a "video", the path of a clip'
