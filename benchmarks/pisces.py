@@ -1,6 +1,5 @@
 """PISCES' two rewards by optimal transport on clips: each alone, both, and neither (the model as it was).
 
-    flowrl train-reward tiny-video-clip && flowrl train-reward tiny-video-transport        first, once
     python benchmarks/pisces.py                                every arm, seed 0
     python benchmarks/pisces.py --arms both --seeds 0 1
     python benchmarks/pisces.py --report                       the table of what is there

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from flowrl.policy import EMBEDDED, Policy
+from flowrl.tiny import model_path
 
 INDEX = "model_index.json"
 
@@ -38,9 +39,7 @@ def locate(model: str | Path) -> Path:
     Raises FileNotFoundError, which says how to get them.
     """
     if str(model) in EMBEDDED:
-        from importlib.resources import files
-
-        return Path(str(files("flowrl.assets"))) / EMBEDDED[str(model)]
+        return model_path(str(model))
     if Path(model).is_dir():
         if not (Path(model) / INDEX).is_file():
             raise FileNotFoundError(f"{model} is not a diffusers pipeline: it has no {INDEX}")

@@ -32,9 +32,10 @@ from flowrl.model_facts import DEFAULTS_FILE, ModelFacts, defaults_of
 from flowrl.samplers.scheduler import Decode, Grid, Replay, Rollout, Trunk, Unservable, driven, one_step_scheduler
 from flowrl.samplers.transitions import ODE, Transition
 from flowrl.slices import sliced
+from flowrl.tiny import model_path
 
 #: Models that come with the library, by name.
-EMBEDDED = {"tiny-sd3": "tiny-sd3"}
+EMBEDDED = ("tiny-sd3", "tiny-wan")
 DENOISERS = ("transformer", "transformer_2", "unet")
 #: Which attention projections a LoRA adapts when nothing is said: those of diffusers' own training scripts.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -575,9 +576,7 @@ class Policy:
 def resolve_model(model: str | Path) -> Path | str:
     """An embedded name, a directory that holds a whole pipeline, or else a hub id. Raises FileNotFoundError with the cause."""
     if str(model) in EMBEDDED:
-        from importlib.resources import files
-
-        return Path(str(files("flowrl.assets"))) / EMBEDDED[str(model)]
+        return model_path(str(model))
     path = Path(model)
     if path.exists():
         index = path / "model_index.json"

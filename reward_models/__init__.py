@@ -88,6 +88,9 @@ EMBEDDED = (
     "tiny_transport",
     "tiny_latent",
     "tiny_yes_token",
+    "tiny_video_clip",
+    "tiny_video_transport",
+    "tiny_video_latent",
 )
 
 __all__ = [

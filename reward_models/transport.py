@@ -83,10 +83,13 @@ class TransportMap(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, encoder: Callable[[Any], Any] = load_backbone) -> tuple[TransportMap, Any]:
-        """What `save` wrote, frozen, and what `encoder` makes of its encoder's place. Raises ValueError for something else."""
+        """What `save` wrote, frozen, and what `encoder` makes of its encoder's place. Raises ValueError for something else.
+
+        folder: or the name of one that ships.
+        """
         from safetensors.torch import load_file
 
-        folder = Path(folder)
+        folder = Path(place_of(folder))
         try:
             card = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
             transport = cls(card["kind"], card["dim"], card["hidden"])
@@ -106,7 +109,7 @@ class Transport:
         folder: str | Path = "tiny_transport",
         frames: Frames = "mean",  #: How a clip's frames count: mean, min (the worst one), or softmin (mostly the worst ones).
     ):
-        self.map, self.backbone = TransportMap.load(place_of(folder))
+        self.map, self.backbone = TransportMap.load(folder)
         self.name, self.frames = "transport", check_frames(frames)
         self.traits = Traits(range=(-1, 1), differentiable=True, licence="see the card of its encoder")
 

@@ -30,7 +30,8 @@ class VideoTransport:
 
     def __init__(
         self,
-        folder: str | Path,  #: What a recipe of the task video_transport wrote.
+        #: What a recipe of the task video_transport wrote; the one that ships, of the embedded world, by default.
+        folder: str | Path = "tiny_video_transport",
         frames: int = FRAMES,  #: Frames that an encoder of single pictures looks at, as when the map was fitted.
     ):
         self.map, self.encoder = TransportMap.load(folder, partial(clip_encoder, frames=frames))

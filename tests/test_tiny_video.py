@@ -161,6 +161,43 @@ def test_wrong_arguments_are_named():
         split("valid")
 
 
+# ------------------------------------------------------------------------------------------------ shipped model
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return video.load(tiny.model_path("tiny-wan"))
+
+
+def test_assets_are_small_and_safe():
+    files = [f for f in tiny.model_path("tiny-wan").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 20e6
+    assert {f.suffix for f in files} <= {".safetensors", ".json", ".md"}
+    assert sum(f.stat().st_size for f in tiny.model_path("tiny-wan").parent.rglob("*") if f.is_file()) < 60e6  # of everything
+
+
+def test_shipped_pipeline_samples_deterministically(pipe):
+    prompts = [spec["prompt"] for spec in split("test")[::20]]
+    defaults = json.loads((tiny.model_path("tiny-wan") / "flowrl.json").read_text())
+    assert defaults == {"call": video.CALL, "fps": video.FPS}
+    first, again = (evaluate.sample(pipe, prompts, range(5), num_inference_steps=6) for _ in range(2))
+    assert first.shape == (5, FRAMES, 3, SIDE, SIDE)
+    assert torch.equal(first, again)
+    alone = evaluate.sample(pipe, prompts[:1], [0], num_inference_steps=6)
+    assert torch.allclose(alone[0], first[0], atol=1e-3)  # batch mates change the rounding and nothing else
+    assert not torch.allclose(first, evaluate.sample(pipe, prompts, range(1, 6), num_inference_steps=6), atol=0.1)
+
+
+def test_shipped_pipeline_is_good_but_not_perfect(pipe):
+    result = evaluate.scores(pipe, split("test")[::3], seeds=1, batch=32)
+    assert 0.3 < result["overall"] < 0.85
+    assert result["dense"] > result["overall"]
+
+
+def test_vae_reconstructs_what_moves(pipe):
+    assert evaluate.ceiling(pipe, 100) >= 0.8
+
+
 # ------------------------------------------------------------------------------------------------ build
 
 

@@ -84,6 +84,7 @@ def write_prompts(folder: Path) -> None:
 #: What differs from `Settings` where clips are trained.
 VIDEO: dict[str, Any] = {
     "world": "video",
+    "steps": 2600,
     "vae_batch": 4,
     "vae_steps": 6000,
     "vae_stills": 1200,
