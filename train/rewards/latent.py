@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from flowrl.batch import Prompt, Samples, concatenate
 from flowrl.config import ConfigError
@@ -105,13 +106,14 @@ class Latent:
         if refreshed == self.pooled:
             return self.samples
         process = positions(self.recipe).start // len(positions(self.recipe))
-        for number in range(refreshed, refreshed + self.pool // self.refresh_samples):
-            if number not in self.chunks:
-                rng = np.random.default_rng([self.recipe.seed, 0, process, number])
-                drawn, scores = self._draw(self.train_prompts, self.refresh_samples // self.generations, rng)
-                generator = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
-                with torch.no_grad():
-                    self.chunks[number] = noisy_examples(self.policy, self.at, drawn, scores, self.views, generator)
+        wanted = range(refreshed, refreshed + self.pool // self.refresh_samples)
+        missing = [number for number in wanted if number not in self.chunks]
+        for number in tqdm(missing, f"drawing {self.refresh_samples} at a time", disable=len(missing) < 2 or process > 0):
+            rng = np.random.default_rng([self.recipe.seed, 0, process, number])
+            drawn, scores = self._draw(self.train_prompts, self.refresh_samples // self.generations, rng)
+            generator = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
+            with torch.no_grad():
+                self.chunks[number] = noisy_examples(self.policy, self.at, drawn, scores, self.views, generator)
         self.chunks = {number: chunk for number, chunk in self.chunks.items() if number >= refreshed}
         self.samples, self.pooled = Pool(self.pool * self.views), refreshed
         for number in sorted(self.chunks):
