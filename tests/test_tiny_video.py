@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from flowrl import tiny
-from flowrl.policy import Policy
+from flowrl.cli import main
+from flowrl.commands.common import CLIPS, PICTURES, world_of
+from flowrl.policy import LORA_FILE, Policy
 from flowrl.tiny import build, evaluate, stages, video
 from flowrl.tiny.follow import PARTS, follow, parts
 from flowrl.tiny.moves import (
@@ -252,3 +254,19 @@ def test_the_build_makes_a_pipeline_that_the_policy_drives(tmp_path):
     samples = policy.rollout(["a red circle moving left"] * 2, seeds=[0, 1])
     assert policy.decode(samples).shape == (2, FRAMES, 3, SIDE, SIDE)
     assert "text-to-video" in (out / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ where nothing is said
+
+
+def test_models_of_clips_are_drawn_and_scored_in_their_own_world(tmp_path, capsys):
+    """`flowrl eval tiny-wan` takes prompts and rewards of clips; a run on it, too; a mixture with another model does not."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("model: tiny-wan\n")
+    (run / LORA_FILE).touch()
+    assert world_of(["tiny-wan", str(run)]) == CLIPS
+    assert world_of(["tiny-wan", "tiny-sd3"]) == world_of([]) == PICTURES
+    assert main(["eval", "tiny-wan", "--limit", "2", "--seeds", "1", "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "2 prompts: tiny-video-test" in said and "tiny_video_strict" in said and "tiny_video_dense" in said

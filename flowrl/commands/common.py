@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+#: Held-out prompts and exact rewards of the embedded worlds: what is drawn and scored where nothing is said.
+PICTURES = ("tiny-test", ("tiny_strict", "tiny_dense"))
+CLIPS = ("tiny-video-test", ("tiny_video_strict", "tiny_video_dense"))
 REWARDS_HELP = 'rewards: names, folders, dotted paths, or "NAME key=value"; `flowrl rewards` lists them'
 
 
@@ -35,13 +38,21 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def sampling_options(parser: argparse.ArgumentParser, seeds: int, prompts: str | None, batch_size: int | None = 64) -> None:
+def world_of(models: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Prompts and rewards where nothing is said: of clips, where all models are tiny-wan or were trained from it; of pictures."""
+    from flowrl.record import trained_parts
+    from flowrl.sources import Source
+
+    moving = models and all(trained_parts(Source.parse(model).model)[0] == "tiny-wan" for model in models)
+    return CLIPS if moving else PICTURES
+
+
+def sampling_options(parser: argparse.ArgumentParser, seeds: int, batch_size: int | None = 64) -> None:
     group = parser.add_argument_group("sampling (always by the ODE)")
     group.add_argument(
         "--prompts",
         dest="prompt_file",
-        default=prompts,
-        help="prompt file (.txt, .jsonl) or embedded set" + (f" (default {prompts})" if prompts else ""),
+        help=f"prompt file (.txt, .jsonl) or embedded set (default {PICTURES[0]}; of tiny-wan {CLIPS[0]})",
     )
     group.add_argument("--seeds", type=positive, default=seeds, help=f"samples per prompt (default {seeds})")
     group.add_argument("--seed", type=int, default=0, help="first seed (default 0)")

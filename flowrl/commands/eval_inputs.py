@@ -18,7 +18,17 @@ from torch import Tensor
 
 from flowrl.batch import Prompt, Samples, stacked
 from flowrl.clips import rate_of
-from flowrl.commands.common import evaluate_model, is_averaged, make_folder, open_model, protocol, read_prompts, size_of, spread
+from flowrl.commands.common import (
+    evaluate_model,
+    is_averaged,
+    make_folder,
+    open_model,
+    protocol,
+    read_prompts,
+    size_of,
+    spread,
+    world_of,
+)
 from flowrl.config import ConfigError
 from flowrl.evaluate import Evaluation, check_comparable, score_all
 from flowrl.kept import Kept, check_pictures_suffice
@@ -125,7 +135,8 @@ def asked(
     """Prompts and protocol by the options, and by the first model's own call; none where neither prompts nor models are named."""
     prompts = None
     if models or arguments.prompt_file:
-        prompts = spread(read_any_prompts(arguments.prompt_file or defaults["prompt_file"]), arguments.limit)
+        arguments.prompt_file = arguments.prompt_file or world_of(models)[0]
+        prompts = spread(read_any_prompts(arguments.prompt_file), arguments.limit)
     if target and not arguments.seeds:
         arguments.seeds = target[0].count
     for name, value in defaults.items():
@@ -189,7 +200,7 @@ def scoring_of(
     elif saved:
         specs = {label: spec for label, spec in saved.items() if label != "features"}
     else:
-        specs = {} if quiet else {name: name for name in ("tiny_strict", "tiny_dense")}
+        specs = {} if quiet else {name: name for name in world_of(models)[1]}
     rewards = {label: load_reward(spec) for label, spec in specs.items()}
     for label, reward in rewards.items():
         if "references" in traits_of(reward).needs:

@@ -36,7 +36,7 @@ folders that their scorers read, and their result files:
 docs/evaluation.md says more.
 """
 #: Taken where nothing else is given: neither an option nor saved scores.
-DEFAULTS = {"prompt_file": "tiny-test", "seeds": 4, "seed": 0, "dtype": "float32", "solver": "euler"}
+DEFAULTS = {"seeds": 4, "seed": 0, "dtype": "float32", "solver": "euler"}
 
 
 def add(commands: Any) -> None:
@@ -50,7 +50,10 @@ def add(commands: Any) -> None:
     )
     evaluation.add_argument("--against", metavar="MODEL", help="the base, named likewise: paired tables with 95 %% intervals")
     evaluation.add_argument(
-        "--rewards", nargs="+", metavar="NAME", help=REWARDS_HELP + " (default tiny_strict tiny_dense, or those of saved scores)"
+        "--rewards",
+        nargs="+",
+        metavar="NAME",
+        help=REWARDS_HELP + " (default tiny_strict tiny_dense, of tiny-wan those of clips, or those of saved scores)",
     )
     evaluation.add_argument("--limit", type=positive, help="prompts, spread evenly over the file (default: all)")
     evaluation.add_argument(
@@ -67,7 +70,7 @@ def add(commands: Any) -> None:
     kept.add_argument(
         "--export", metavar="LAYOUT:DIR", help="arrange the pictures as a benchmark's scorer wants them (kept in DIR-pictures)"
     )
-    sampling_options(evaluation, seeds=4, prompts="tiny-test", batch_size=None)
+    sampling_options(evaluation, seeds=4, batch_size=None)
     evaluation.add_argument("--solver", choices=("euler", "dpmpp2m"), help="how the ODE is followed (default euler)")
     evaluation.set_defaults(**dict.fromkeys(DEFAULTS))  # what is given shows, beside a protocol that is saved
 

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowrl.commands.common import REWARDS_HELP, command, evaluate_models, make_folder, positive, sampling_options, spread
+from flowrl.commands.common import (
+    REWARDS_HELP,
+    command,
+    evaluate_models,
+    make_folder,
+    positive,
+    sampling_options,
+    spread,
+    world_of,
+)
 
 GALLERY_HELP = """\
 A page that puts pictures of the same prompt and seed side by side, with their rewards: a folder that opens from disk, without a
@@ -43,10 +52,11 @@ def input_options(parser: argparse.ArgumentParser) -> None:
         "--rewards",
         nargs="+",
         metavar="NAME",
-        help=REWARDS_HELP + " (default for models: tiny_strict tiny_dense; for pictures: those that they come with)",
+        help=REWARDS_HELP
+        + " (default for models: tiny_strict tiny_dense, of tiny-wan those of clips; for pictures: those that they come with)",
     )
     parser.add_argument("--limit", type=positive, help="prompts, evenly from all (default for models: 48; for pictures: all)")
-    sampling_options(parser, seeds=2, prompts="tiny-test")
+    sampling_options(parser, seeds=2)
 
 
 def run_gallery(arguments: argparse.Namespace) -> int:
@@ -142,7 +152,8 @@ def draw(models: list[tuple[str | None, str]], arguments: argparse.Namespace) ->
     from flowrl.sample import Settings, command_of, facts_for, located, request_for
     from flowrl.sources import Source
 
-    arguments.rewards = arguments.rewards or ["tiny_strict", "tiny_dense"]
+    prompts, rewards = world_of([place for _, place in models])
+    arguments.prompt_file, arguments.rewards = arguments.prompt_file or prompts, arguments.rewards or list(rewards)
     results = evaluate_models([place for _, place in models], arguments, keep_images=True, limit=arguments.limit or 48)
     found = Inputs()
     for (name, model), result in zip(models, results, strict=True):

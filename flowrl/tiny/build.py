@@ -122,7 +122,9 @@ def _parser(video: bool) -> argparse.ArgumentParser:
     add("--device", default=defaults.device, help="auto, cpu, cuda, ...")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     add("--fp32", action="store_true", help="train without bf16 autocast (slower on recent CPUs and GPUs)")
-    add("--compile", action="store_true", help="the transformer by torch.compile: a quarter faster on a CPU, wants a C++ compiler")
+    add(
+        "--compile", action="store_true", help="the transformer by torch.compile: a quarter faster on a CPU, wants a C++ compiler"
+    )
     add("--until", choices=STAGES, default=defaults.until, help="stop after this stage")
     add("--export-every", type=float, default=defaults.export_every, help="seconds between early exports; 0: none")
     add("--evaluate-every", type=int, default=defaults.evaluate_every, help="steps between evaluations in the log")
