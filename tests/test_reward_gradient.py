@@ -147,18 +147,26 @@ PAIR = "ensemble of='[tiny_preference, tiny_preference_1]' reduce=min"
 SUM = "tree of='{tiny_clip: 1, tiny_transport: 2}'"
 
 
+def drawn_by(model, *prompts):
+    policy = Policy.load(model)
+    return policy, policy.rollout([Prompt(prompt) for prompt in prompts], [1, 2], num_inference_steps=4)
+
+
 @pytest.fixture(scope="module")
 def drawn():
-    policy = Policy.load("tiny-sd3")
-    batch = policy.rollout([Prompt("a red circle"), Prompt("two blue squares")], [1, 2], num_inference_steps=4)
-    return policy, batch
+    return drawn_by("tiny-sd3", "a red circle", "two blue squares")
+
+
+@pytest.fixture(scope="module")
+def drawn_clips():
+    return drawn_by("tiny-wan", "a red circle moving left", "a blue square growing")
 
 
 @pytest.mark.parametrize("spec", [*EMBEDDED, GATE, PAIR, SUM, "brightness"])
-def test_embedded_rewards_have_the_gradient_that_they_promise(drawn, spec):
+def test_embedded_rewards_have_the_gradient_that_they_promise(request, spec):
     """It reaches the latents of each sample, and its length is what a small step along it gains, by central differences; it does
     so after the loop has scored the same samples without graph, and what the loop gets has none."""
-    policy, batch = drawn
+    policy, batch = request.getfixturevalue("drawn_clips" if spec.startswith("tiny_video") else "drawn")
     reward = load_reward(spec)
     assert traits_of(reward).differentiable
     batch.images = policy.decode(batch)
@@ -174,7 +182,7 @@ def test_embedded_rewards_have_the_gradient_that_they_promise(drawn, spec):
     norm = g.flatten(1).norm(dim=1)
     assert g.isfinite().all() and (norm > 0).all()
     with torch.no_grad():
-        step = 0.003 * g / norm.reshape(-1, 1, 1, 1)
+        step = 0.003 * g / norm.reshape(-1, *[1] * (g.ndim - 1))
         gained = (predict.reward(x0 + step) - predict.reward(x0 - step)) / 0.006
     torch.testing.assert_close(gained, norm, rtol=0.15, atol=2e-3)
 

@@ -208,8 +208,8 @@ def test_no_words_abstain_and_bad_options_are_named(sheet):
             load_reward("video_token_transport", encoder=sheet, **options)
     with pytest.raises(ValueError, match="wants encoder"):
         load_reward("video_token_transport")
-    with pytest.raises(ValueError, match="wants folder"):
-        load_reward("video_transport")
+    with pytest.raises(ValueError, match="nowhere holds no transport map"):
+        load_reward("video_transport", folder="nowhere")
 
 
 # ------------------------------------------------------------------------------------------------ captions of clips
