@@ -33,6 +33,7 @@ from flowrl.policy import Policy
 from flowrl.record import checkpoints, load_trained
 from flowrl.reward_models.base import load_rewards
 from flowrl.scorefile import read_results, write_results
+from flowrl.sources import Source
 from flowrl.statistics import interval
 from flowrl.train import Trainer
 
@@ -109,7 +110,7 @@ def before_and_after(folder: Path, recipe: Recipe, rewards: dict[str, Any]) -> t
     """The model that a run started from, measured once for all that measure the same, and the run's own."""
     prompts, steps = str(recipe.eval_prompts), recipe.eval_num_inference_steps
     options = {"dtype": recipe.dtype, "autocast": recipe.autocast, "attention_backend": recipe.attention_backend}
-    facts = json.dumps([recipe.model, prompts, rewards, steps, SEEDS, options], default=str)
+    facts = json.dumps([recipe.model, Source.parse(recipe.model).digest(), prompts, rewards, steps, SEEDS, options], default=str)
     kept = folder.parent / f"base-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.json"
     if not kept.is_file():
         write_results(kept, [measured(Policy.load(recipe.model, **options), prompts, rewards, steps, "base")])
@@ -179,6 +180,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     arguments = parser.parse_args()
+    if arguments.set and arguments.out == parser.get_default("out"):
+        parser.error("--set: these are not the recipes; give their runs a folder of their own by --out")
     quiet_libraries()
     if not arguments.report:
         for name in arguments.names or names():

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from flowrl.clips import FACTS, VIDEOS, is_clip, read_clip, texts_of, video_library
+from flowrl.clips import FACTS, FORMS, RATE, VIDEOS, clip_bytes, is_clip, read_clip, texts_of, video_library
 
 # ------------------------------------------------------------------------------------------------ names
 
@@ -93,6 +93,7 @@ class Cell:
 INK, SOFT, RULE, EMPTY, PAPER = "#1b1b1b", "#6a6a6a", "#d8d8d8", "#f2f2f2", "#ffffff"
 GAP, MARGIN, LABEL = 6, 16, 200
 MAX_HEIGHT = 12_000  #: Pixels; longer sheets are cut into pages, between rows.
+FILM_QUALITY = 85  #: Of a sheet in which clips move.
 
 
 def contact_sheet(
@@ -163,11 +164,14 @@ def sheet_files(
     place: Callable[[int, int], Cell],
     height: int,
     note: str = "",
+    fps: float = RATE,
 ) -> Iterator[tuple[Path, bytes]]:
     """A sheet as PNG files: `file`, or FILE-1.png, FILE-2.png, ... where one would be too tall. Those of an earlier sheet go.
 
+    A .webp or .mp4 is a film, in which clips move in step, `fps` frames a second; shorter ones stay at their last.
     place: the cell at (row, column), asked for page by page. height: of a picture, in pixels. The rest as for `contact_sheet`.
     """
+    form = next((form for form, suffix in FORMS.items() if suffix == file.suffix.lower()), None)
     stem = f"{file.stem}-"
     for old in [file, *file.parent.glob(f"*{file.suffix}")]:
         if old == file or (old.stem.startswith(stem) and old.stem.removeprefix(stem).isdecimal()):
@@ -176,14 +180,28 @@ def sheet_files(
     for number, page in enumerate(pages, 1):
         numbers = range(len(rows))[page]
         cells = [[place(r, c) for c in range(len(columns))] for r in numbers]
-        sheet = contact_sheet([rows[r] for r in numbers], columns, cells, note)
-        yield file if len(pages) == 1 else file.with_name(f"{stem}{number}{file.suffix}"), picture_bytes(sheet, {})
+        length = max([1, *(len(_frames(cell)) for row in cells for cell in row)])
+        moments = [[[_at(cell, i) for cell in row] for row in cells] for i in range(length)] if form else [cells]
+        sheets = [contact_sheet([rows[r] for r in numbers], columns, moment, note) for moment in moments]
+        content = clip_bytes(sheets, fps, form, quality=FILM_QUALITY) if form else picture_bytes(sheets[0], {})
+        yield file if len(pages) == 1 else file.with_name(f"{stem}{number}{file.suffix}"), content
 
 
 def sheet_pages(rows: int, height: int) -> list[slice]:
     """Which rows go on which page, so that no page is taller than a viewer takes. height: of a picture, in pixels."""
     per_page = max(1, MAX_HEIGHT // (min(max(height, 128), 320) + 50))
     return [slice(start, start + per_page) for start in range(0, rows, per_page)]
+
+
+def _frames(cell: Cell) -> Sequence[Image.Image]:
+    """The frames of a place, of a still picture one, of an empty place none."""
+    return [] if cell.picture is None else [cell.picture] if isinstance(cell.picture, Image.Image) else cell.picture
+
+
+def _at(cell: Cell, i: int) -> Cell:
+    """A place at a moment of a film."""
+    frames = _frames(cell)
+    return replace(cell, picture=frames[min(i, len(frames) - 1)]) if frames else cell
 
 
 def _cell_size(cells: Sequence[Sequence[Cell]]) -> tuple[int, int]:

@@ -38,7 +38,7 @@ from flowrl.model_facts import ModelFacts
 from flowrl.pairs import load_batch
 from flowrl.pictures import Cell, file_stem, picture_bytes, read_facts, read_frames, reduced, sheet_files, slug
 from flowrl.policy import DTYPES, Policy, resolve_model
-from flowrl.record import environment, move, trained_parts, unfinished, write_text, writing
+from flowrl.record import environment, move, unfinished, write_text, writing
 from flowrl.reward_models import load_reward
 from flowrl.reward_models.base import Reward, failing_as, score, to_pil, traits_of
 from flowrl.samplers import TRANSITIONS, AllButLast
@@ -204,7 +204,7 @@ def plan(
 def facts_for(source: Source, prompts: Sequence[Prompt], settings: Settings) -> ModelFacts | None:
     """What is known of a model before it is loaded. Raises ConfigError for frames, rates and prompts that do not suit it."""
     try:
-        facts = ModelFacts.read(resolve_model(trained_parts(source.model)[0]))
+        facts = ModelFacts.read(resolve_model(source.base))
     except (FileNotFoundError, ConfigError):  # `Source.check` says it, when all else is checked
         return None
     if facts is None:

@@ -47,9 +47,14 @@ class Source:
             [_short(self.model), *(_short(path) + (f"@{scale:g}" if scale != 1 else "") for path, scale in self.loras)]
         )
 
+    @property
+    def base(self) -> str:
+        """The model that this is, or that it was trained from."""
+        return trained_parts(self.model)[0]
+
     def check(self) -> None:
         """Raise FileNotFoundError or ConfigError for what can be told without loading weights."""
-        resolve_model(trained_parts(self.model)[0])
+        resolve_model(self.base)
         for path, _ in self.loras:
             lora_file(path)
 

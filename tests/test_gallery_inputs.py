@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from flowrl.cli import main
-from flowrl.clips import clip_bytes
+from flowrl.clips import clip_bytes, read_clip
 from flowrl.config import ConfigError
 from flowrl.gallery import Cell, write_gallery
 from flowrl.gallery.inputs import (
@@ -347,6 +348,25 @@ def test_sheet_shows_clips_as_strips(tmp_path):
     assert problems == ["Unreadable file: broken.mp4"]
 
 
+@pytest.mark.parametrize("form", ["webp", "mp4"])
+def test_clips_move_in_a_film_of_the_sheet(tmp_path, form):
+    """Of five frames, of three, which stays at its third, and of a still picture; ten a second, as the first clip."""
+    shades = [Image.new("RGB", (128, 128), (v, v, v)) for v in (0, 60, 120, 180, 240)]
+    (tmp_path / "five.webp").write_bytes(clip_bytes(shades, 10))
+    images = {"p": tmp_path / "five.webp", "q": shades[:3], "r": shades[4]}
+    cells = [Cell("m", prompt, 0, image, {}) for prompt, image in images.items()]
+    [file], problems = write_sheet(tmp_path / f"film.{form}", cells)
+    pixels, fps = read_clip(file)
+    still = write_sheet(tmp_path / "s.png", cells[2:])[0][0]
+    assert (len(pixels), fps, problems) == (5, 10.0, [])
+    top = Image.open(still).height  # heading, one row and margin
+    pitch = (pixels.shape[1] - top) // 2
+    middle = [top - 16 - pitch // 2 + i * pitch for i in range(3)]
+    found = pixels[:, middle, 16 + 200 + 64].astype(int)
+    expected = [[0, 0, 240], [60, 60, 240], [120, 120, 240], [180, 120, 240], [240, 120, 240]]
+    assert np.abs(found - np.array(expected)[..., None]).max() < 9
+
+
 def test_clips_are_scored_whole(tmp_path):
     """Frames of 0, 51 and 102 are 0.2 on average, in files of both kinds; the first alone would be 0. 8 and 16 a second apart."""
     shown = [Image.new("RGB", (16, 16), (v, v, v)) for v in (0, 51, 102)]
@@ -371,7 +391,7 @@ def test_grid_command(samples, tmp_path, capsys):
             "is to be drawn and {samples} holds pictures: draw it with the same prompts and seeds",
         ),
         (["gallery", "nowhere", "--out", "{tmp}/g"], "no model at nowhere"),
-        (["grid", "{samples}", "--out", "{tmp}/sheet.jpg"], "a sheet is a .png"),
+        (["grid", "{samples}", "--out", "{tmp}/sheet.jpg"], "a sheet is a .png, or where clips are to move a .webp or .mp4"),
         (["grid", "{run}", "--out", "{tmp}/s.png"], "holds no pictures of models"),
         (["gallery", "{samples}", "--rewards", "nothing", "--out", "{tmp}/g"], "unknown reward 'nothing'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from flowrl.config import ConfigError, Recipe
 from flowrl.reward_models import load_reward
 from flowrl.reward_models.base import RewardError, Traits
 from flowrl.slices import latent_frame
+from flowrl.tiny.video import draw
 from flowrl.train.predict import PolicyPredict
 from tests.objectives import short_run
 from tests.pipelines import CALL, tiny
@@ -75,6 +77,25 @@ def test_context_cuts_what_a_frame_owes_to_earlier_latents():
         error = [(found - whole)[:, :, i].norm() / whole[:, :, i].norm() for i in range(3 - context, 4)]
         assert max(error) < (1e-5 if context == 2 else 0.7), error
     torch.testing.assert_close(gradient(one, z, frames=[12], context=3)[1], whole)
+
+
+def test_context_keeps_the_direction_on_the_embedded_autoencoder():
+    """Mean cosine with the whole gradient of a squared error, eight drawn clips. Frame 5 is the first of its latent frame."""
+    one = Policy.load("tiny-wan")
+    clips, target = (torch.from_numpy(draw(np.random.default_rng(seed), 8)[0]).transpose(1, 2) for seed in (0, 1))
+    z = one.latents_of(clips)
+
+    def of(frame: int, context: int | None) -> torch.Tensor:
+        x = z.clone().requires_grad_()
+        found = one.decode(x, [""] * 8, with_graph=True, frames=[frame], context=context)
+        (found[:, 0] - target[:, frame]).square().sum().backward()
+        assert x.grad is not None
+        return x.grad.flatten(1)
+
+    for frame, expected in {4: (0.979, 1.0), 5: (0.367, 0.978), 8: (0.945, 0.986)}.items():
+        whole = of(frame, None)
+        cosines = [torch.cosine_similarity(of(frame, context), whole).mean().item() for context in (0, 1)]
+        assert cosines == pytest.approx(expected, abs=0.02), frame
 
 
 def test_less_context_keeps_less_for_the_gradient():

@@ -40,10 +40,9 @@ def whole(text: str) -> int:
 
 def world_of(models: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """Prompts and rewards where nothing is said: of clips, where all models are tiny-wan or were trained from it; of pictures."""
-    from flowrl.record import trained_parts
     from flowrl.sources import Source
 
-    moving = models and all(trained_parts(Source.parse(model).model)[0] == "tiny-wan" for model in models)
+    moving = models and all(Source.parse(model).base == "tiny-wan" for model in models)
     return CLIPS if moving else PICTURES
 
 

@@ -37,7 +37,6 @@ from flowrl.model_facts import DEFAULTS_FILE
 from flowrl.pairs import load_picture
 from flowrl.policy import EMBEDDED, resolve_model
 from flowrl.protocol import Protocol, differences, digest_of, reward_version
-from flowrl.record import trained_parts
 from flowrl.reward_models import Reward, load_reward
 from flowrl.reward_models.base import short_labels, traits_of
 from flowrl.reward_models.features import embed, load_features, picture_files
@@ -149,7 +148,7 @@ def asked(
 
 def own_call(model: str) -> dict[str, Any]:
     """A model's own defaults of its pipeline's call, from the file beside it."""
-    file = Path(resolve_model(trained_parts(Source.parse(model).model)[0])) / DEFAULTS_FILE
+    file = Path(resolve_model(Source.parse(model).base)) / DEFAULTS_FILE
     return json.loads(file.read_text())["call"] if file.is_file() else {}
 
 
@@ -231,7 +230,7 @@ def selected(text: str, result: Evaluation, scoring: Scoring, wanted: Sequence[s
 
 def is_embedded(models: Sequence[str]) -> bool:
     """Whether all models are, or were trained from, those that ship."""
-    return bool(models) and all(trained_parts(Source.parse(model).model)[0] in EMBEDDED for model in models)
+    return bool(models) and all(Source.parse(model).base in EMBEDDED for model in models)
 
 
 def reference_features(arguments: argparse.Namespace, scoring: Scoring, known: Mapping[str, Evaluation]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The labelled sheet: prompts down, models and seeds across, rewards below, as one PNG for a paper."""
+"""The labelled sheet: prompts down, models and seeds across, rewards below, as one PNG for a paper, or of clips as a film."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from flowrl.clips import RATE, UNPLAYABLE
 from flowrl.gallery.originals import frames_of
 from flowrl.gallery.page import Cell
 from flowrl.pictures import Cell as Place
@@ -18,6 +19,8 @@ def write_sheet(
     file: Path, cells: Sequence[Cell], *, by_seed: bool = False, rewards: bool = True, note: str = ""
 ) -> tuple[list[Path], list[str]]:
     """Write `file`, or FILE-1.png, FILE-2.png, ... where one sheet would be too tall; returns them, and what could not be read.
+
+    In a .png a clip is a strip of up to four frames; in a .webp or .mp4 all clips move, in step, at the pace of the first.
 
     by_seed: the models of one seed stand beside each other, instead of the seeds of one model. rewards: below every picture.
     """
@@ -39,8 +42,9 @@ def write_sheet(
         return Place(reduced(picture), _caption(cell) if rewards else "")
 
     height = next((_height(picture) for cell in cells if (picture := _picture(cell, problems)) is not None), 128)
+    fps = next((pace for cell in cells if (pace := _pace(cell)) is not None), RATE)
     written = []
-    for path, content in sheet_files(file, prompts, names, place, height, note):
+    for path, content in sheet_files(file, prompts, names, place, height, note, fps):
         path.write_bytes(content)
         written.append(path)
     return written, list(problems)
@@ -63,6 +67,17 @@ def _picture(cell: Cell, problems: dict[str, None]) -> Any:
     except (OSError, SyntaxError, Image.DecompressionBombError):
         problems[f"Unreadable file: {path.name}"] = None
     return None
+
+
+def _pace(cell: Cell) -> float | None:
+    """Frames per second of a clip; None of a picture, and of what cannot be read."""
+    if not isinstance(cell.image, Path):
+        return None if isinstance(cell.image, Image.Image) else cell.fps
+    try:
+        frames, fps = frames_of(cell.image)
+    except UNPLAYABLE:
+        return None
+    return fps if frames else None
 
 
 def _caption(cell: Cell) -> str:

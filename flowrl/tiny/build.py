@@ -140,7 +140,6 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(threads)
     write_prompts(options.pop("prompts"))
     options["bf16"] = not options.pop("fp32")
-    options["compiled"] = options.pop("compile")
     del options["video"]
     build(Settings(**{**(VIDEO if video else {}), **options}))
 

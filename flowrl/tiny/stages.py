@@ -54,7 +54,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     bf16: bool = True
-    compiled: bool = False  #: The transformer, by torch.compile: a quarter less time on a CPU; wants a C++ compiler.
+    compile: bool = False  #: The transformer, by torch.compile: a quarter less time on a CPU; wants a C++ compiler.
     until: str = "transformer"
     checkpoint_every: float = 90.0  #: Seconds.
     export_every: float = 900.0  #: Seconds; 0 exports only at the end.
@@ -254,7 +254,7 @@ def train_transformer(settings: Settings, vae: Any, pool: Pool, export: Export) 
     trained = settings.of.trained(pipe)
     trained.requires_grad_(True).train()
     ema = copy.deepcopy(trained).requires_grad_(False)
-    if settings.compiled:
+    if settings.compile:
         pipe.transformer.compile(dynamic=False)
     weights: list[Tensor] = list(trained.parameters())
     averages: list[Tensor] = list(ema.parameters())
