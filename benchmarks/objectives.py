@@ -8,8 +8,9 @@
 An objective's run is its recipe `tiny-NAME` (NFT's is the quick start), as it ships, for at most --max-minutes of processor
 time. Its goal is the weighted sum of the rewards that it trained on; where it learned from data, what the data shows: right
 pictures. Measured on 120 held-out prompts x 8 pictures (`video-NAME`: clips), by as many ODE steps as its recipe evaluates with
-(20 by default), averaged weights, the same seeds before and after, intervals by a paired bootstrap over prompts. Runs stay under
---out and are taken up where they stopped. With OMP_NUM_THREADS=1 two of them fit on two cores.
+(20 by default), averaged weights, the same seeds before and after, intervals by a paired bootstrap over prompts; runs of several
+seeds get a line of their mean as well. Runs stay under --out and are taken up where they stopped. With OMP_NUM_THREADS=1 two of
+them fit on two cores.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def score(folder: Path) -> dict[str, Any]:
         **facts,
         "before": float(before.mean()),
         "after": float(after.mean()),
+        "changes": (after - before).tolist(),
         "interval": interval(after - before),
         "accuracy": [accuracy.base, accuracy.tuned, accuracy.low, accuracy.high],
     }
@@ -153,13 +155,32 @@ def score(folder: Path) -> dict[str, Any]:
     return result
 
 
+def results(out: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, seed and result of all runs that have one."""
+    files = sorted(out.glob("*/result.json"))
+    return [(*file.parent.name.rpartition("-")[::2], json.loads(file.read_text())) for file in files]
+
+
+def pooled(out: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """Of runs that differ in the seed alone the mean: each prompt's change over the seeds, then the bootstrap over prompts."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, _, result in results(out):
+        if "changes" in result:
+            found.setdefault(name, []).append(result)
+    means = []
+    for name, seeds in found.items():
+        if len(seeds) > 1:
+            mean = {key: np.mean([r[key] for r in seeds], 0) for key in ("before", "after", "accuracy", "changes", "minutes")}
+            whole = {key: round(np.mean([r[key] for r in seeds])) for key in ("steps", "images")}
+            means.append((name, f"mean of {len(seeds)}", {**seeds[0], **mean, **whole, "interval": interval(mean["changes"])}))
+    return means
+
+
 def table(out: Path) -> str:
     header = ["objective", "seed", "goal", "before", "after", "change (95 % interval)", "accuracy, %"]
     header += ["steps", "images", "minutes"]
     rows = []
-    for file in sorted(out.glob("*/result.json")):
-        r = json.loads(file.read_text())
-        name, _, seed = file.parent.name.rpartition("-")
+    for name, seed, r in [*results(out), *pooled(out)]:
         low, high = r["interval"]
         goal = "right pictures" if r["data"] else " + ".join(k if w == 1 else f"{w:g} {k}" for k, w in r["goal"].items() if w)
         change = f"{r['after'] - r['before']:+.3f} ({low:+.3f} to {high:+.3f})"
