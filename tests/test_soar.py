@@ -39,6 +39,21 @@ def test_the_target_leads_back_to_the_picture():
     assert torch.allclose(target - noised.target, off, atol=1e-4) and off.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("steps", "share"), [(8, 0.630), (40, 0.892)])
+def test_the_exact_flow_is_pulled_towards_less_of_the_picture(steps, share):
+    """Data N(0, 1), t = 3/4, s' = s1: E[x0 | x_t] = 2/5 x_t and v = 4/5 x_t, so that the step ends at z = (1 - 4 / (5 K)) x_t,
+    which knows of x0 no more than x_t did. The correction wants E[x0 | z] = 2/5 z / (1 - 4 / (5 K)); the flow has
+    (1 - s1) z / ((1 - s1)^2 + s1^2) there. K = 8: .444 for .706, K = 40: .408 for .457."""
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 4_000_000, 1)
+    noised = Noised(x0, noise, torch.full((4_000_000,), 0.75))
+    state, target = SOAR(steps=steps).correction(noised, 0.8 * noised.x, torch.zeros(400_000))
+    wanted = (state.x * (state.x - state.t[:, None] * target)).mean() / state.x.square().mean()
+    s = 0.75 - 1 / steps
+    exact = (1 - s) / ((1 - s) ** 2 + s**2)
+    assert float(wanted / exact) == pytest.approx(share, abs=0.005)
+
+
 def test_small_times_do_not_blow_up():
     noised = make_noised(2, t=0.01)
     state, target = SOAR().correction(noised, torch.zeros(2, 3, 2), torch.zeros(2))
