@@ -47,7 +47,7 @@ def test_the_exact_flow_is_pulled_towards_less_of_the_picture(steps, share):
     torch.manual_seed(0)
     x0, noise = torch.randn(2, 4_000_000, 1)
     noised = Noised(x0, noise, torch.full((4_000_000,), 0.75))
-    state, target = SOAR(steps=steps).correction(noised, 0.8 * noised.x, torch.zeros(400_000))
+    state, target = SOAR(steps=steps).correction(noised, 0.8 * noised.x, torch.zeros(4_000_000))
     wanted = (state.x * (state.x - state.t[:, None] * target)).mean() / state.x.square().mean()
     s = 0.75 - 1 / steps
     exact = (1 - s) / ((1 - s) ** 2 + s**2)
