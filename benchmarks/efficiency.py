@@ -92,17 +92,17 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def base_accuracy(out: Path, recipe: Recipe, pictures: int) -> float:
+def base_accuracy(kept: Path, recipe: Recipe, pictures: int) -> float:
     """Of the model that all runs start from, kept. Raises SystemExit where another was, or another number of pictures."""
-    kept, facts = out / "base.json", {"model": recipe.model, "pictures": pictures}
+    facts = {"model": recipe.model, "pictures": pictures}
     if kept.is_file():
         found = json.loads(kept.read_text())
         if different := [f"{key} {found[key]}" for key in facts if found[key] != facts[key]]:
-            raise SystemExit(f"{out} holds runs with {' and '.join(different)}: give another --out")
+            raise SystemExit(f"{kept.parent} holds runs with {' and '.join(different)}: give another --out")
         return found["accuracy"]
     policy = Policy.load(recipe.model, autocast=recipe.autocast, attention_backend=recipe.attention_backend)
     value = accuracy(policy, str(recipe.eval_prompts), pictures)
-    out.mkdir(parents=True, exist_ok=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({**facts, "accuracy": value}) + "\n")
     return value
 
@@ -211,19 +211,23 @@ def main() -> None:
     if unknown := [name for name in arguments.names if method(name)[1] not in names()]:
         parser.error(f"{unknown[0]}: known are {', '.join([*METHODS, *names()])}")
     quiet_libraries()
+    kept = arguments.out / "base.json"
+    if arguments.report:
+        if not kept.is_file():
+            parser.error(f"--report: {arguments.out} holds no runs")
+        report(arguments.out, json.loads(kept.read_text())["accuracy"])
+        return
     chosen = arguments.names or DEFAULTS
-    base = base_accuracy(arguments.out, recipe_of(method(chosen[0])[1]), arguments.pictures)
-    if not arguments.report:
-        for seed in arguments.seeds:
-            for name in chosen:
-                _, objective, overrides = method(name)
-                folder = arguments.out / f"{name}-{seed}"
-                clear_false_start(folder)
-                curve = Curve(folder / "curve.jsonl", arguments.every, arguments.pictures)
-                overrides = ["checkpointing_steps=10", *overrides, *arguments.set]
-                train(objective, seed, arguments.out, arguments.max_minutes, *overrides, label=name, hooks=[curve])
-                report(arguments.out, base)
-    report(arguments.out, base)
+    base = base_accuracy(kept, recipe_of(method(chosen[0])[1]), arguments.pictures)
+    for seed in arguments.seeds:
+        for name in chosen:
+            _, objective, overrides = method(name)
+            folder = arguments.out / f"{name}-{seed}"
+            clear_false_start(folder)
+            curve = Curve(folder / "curve.jsonl", arguments.every, arguments.pictures)
+            overrides = ["checkpointing_steps=10", *overrides, *arguments.set]
+            train(objective, seed, arguments.out, arguments.max_minutes, *overrides, label=name, hooks=[curve])
+            report(arguments.out, base)
 
 
 if __name__ == "__main__":
