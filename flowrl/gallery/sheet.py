@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from flowrl.clips import RATE, UNPLAYABLE
+from flowrl.clips import FORMS, RATE, UNPLAYABLE
 from flowrl.gallery.originals import frames_of
 from flowrl.gallery.page import Cell
 from flowrl.pictures import Cell as Place
@@ -42,7 +42,8 @@ def write_sheet(
         return Place(reduced(picture), _caption(cell) if rewards else "")
 
     height = next((_height(picture) for cell in cells if (picture := _picture(cell, problems)) is not None), 128)
-    fps = next((pace for cell in cells if (pace := _pace(cell)) is not None), RATE)
+    moves = file.suffix.lower() in FORMS.values()
+    fps = next((pace for cell in cells if (pace := _pace(cell)) is not None), RATE) if moves else RATE
     written = []
     for path, content in sheet_files(file, prompts, names, place, height, note, fps):
         path.write_bytes(content)
