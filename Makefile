@@ -23,6 +23,7 @@ lint: .venv/installed-dev
 	rm -rf build
 	$(BIN)/python -m pip install -q --no-deps --target build/installed .
 	cd build/installed && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p flowrl
+	cd build/installed && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml ../../benchmarks
 	cd build/installed && ../../$(BIN)/lint-imports --config ../../pyproject.toml
 
 .venv/bin/python:

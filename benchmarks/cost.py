@@ -92,7 +92,8 @@ def main() -> None:
     advantage = torch.randn(len(prompts), device=device)
 
     # The denoiser's own arguments, caught once from a real call.
-    denoiser, caught = next(iter(policy.denoisers.values())), {}
+    denoiser = next(iter(policy.denoisers.values()))
+    caught: dict[str, Any] = {}
     hook = denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: caught.update(args=args, kwargs=kwargs), with_kwargs=True
     )

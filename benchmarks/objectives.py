@@ -3,14 +3,14 @@
     python benchmarks/objectives.py                            every objective that is not in the table yet
     python benchmarks/objectives.py nft dpo --seeds 0 1        some of them
     python benchmarks/objectives.py rwr --set objective.kl=2 learning_rate=1e-3 --out runs/try
-    python benchmarks/objectives.py --report                   the table of what is there
+    python benchmarks/objectives.py --report                   the table and the picture of what is there
 
 An objective's run is its recipe `tiny-NAME` (NFT's is the quick start), as it ships, for at most --max-minutes of processor
 time. Its goal is the weighted sum of the rewards that it trained on; where it learned from data, what the data shows: right
 pictures. Measured on 120 held-out prompts x 8 pictures (`video-NAME`: clips), by as many ODE steps as its recipe evaluates with
 (20 by default), averaged weights, the same seeds before and after, intervals by a paired bootstrap over prompts; runs of several
-seeds get a line of their mean as well. Runs stay under --out and are taken up where they stopped. With OMP_NUM_THREADS=1 two of
-them fit on two cores.
+seeds get a line of their mean as well. Runs stay under --out and are taken up where they stopped; objectives.png is written
+there. With OMP_NUM_THREADS=1 two of them fit on two cores.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def measured(policy: Policy, prompts: str, rewards: dict[str, Any], steps: int, 
 def before_and_after(folder: Path, recipe: Recipe, rewards: dict[str, Any]) -> tuple[Evaluation, Evaluation]:
     """The model that a run started from, measured once for all that measure the same, and the run's own."""
     prompts, steps = str(recipe.eval_prompts), recipe.eval_num_inference_steps
-    options = {"dtype": recipe.dtype, "autocast": recipe.autocast, "attention_backend": recipe.attention_backend}
+    options: dict[str, Any] = {"dtype": recipe.dtype, "autocast": recipe.autocast, "attention_backend": recipe.attention_backend}
     facts = json.dumps([recipe.model, Source.parse(recipe.model).digest(), prompts, rewards, steps, SEEDS, options], default=str)
     kept = folder.parent / f"base-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.json"
     if not kept.is_file():
@@ -190,6 +190,40 @@ def table(out: Path) -> str:
     return text_table(header, rows)
 
 
+def draw(out: Path) -> None:
+    """By how many points the accuracy has changed, and its interval: a line for each method, the best on top.
+
+    Of several seeds the mean, between the mean ends of their intervals, which is wider than the interval of the mean.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {name: r["accuracy"] for name, _, r in [*results(out), *pooled(out)]}
+    panels: dict[str, dict[str, np.ndarray]] = {"pictures": {}, "clips": {}}
+    for name, (base, tuned, low, high) in sorted(found.items(), key=lambda item: item[1][1] - item[1][0]):
+        panels["clips" if name.startswith("video-") else "pictures"][name] = 100 * np.array([tuned - base, low, high])
+    panels = {what: of for what, of in panels.items() if of}
+    height = [len(of) + 1.5 for of in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), figsize=(7, 0.19 * sum(height) + 0.6), dpi=120, sharex=True, squeeze=False, height_ratios=height
+    )
+    for place, (what, of) in zip(axes.flat, panels.items(), strict=True):
+        for row, (change, low, high) in enumerate(of.values()):
+            color = "C0" if low > 0 else "C3" if high < 0 else "grey"
+            place.errorbar(change, row, xerr=[[change - low], [high - change]], fmt="o", markersize=4, capsize=2, color=color)
+        place.set_yticks(range(len(of)), of, fontsize=8)
+        place.set_title(what, fontsize=9, loc="left")
+        place.axvline(0, color="grey", linewidth=0.8, linestyle=":")
+        place.spines[["top", "right"]].set_visible(False)
+        place.tick_params(labelsize=8)
+    axes.flat[-1].set_xlabel("change in held-out accuracy, points (paired 95 % interval)", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "objectives.png")
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="objectives; all by default")
@@ -211,6 +245,8 @@ def main() -> None:
                 score(train(name, seed, arguments.out, arguments.max_minutes, "checkpointing_steps=10", *arguments.set))
                 print(table(arguments.out), flush=True)
     print(table(arguments.out))
+    if results(arguments.out):
+        draw(arguments.out)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def save_configs(pipe: Any, folder: Path) -> None:
         if hasattr(component, "save_config"):
             component.save_config(folder / name)
         elif isinstance(component, torch.nn.Module):
-            component.config.save_pretrained(folder / name)
+            config: Any = component.config
+            config.save_pretrained(folder / name)
         elif component is not None:
             component.save_pretrained(folder / name)
 
