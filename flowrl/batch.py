@@ -266,20 +266,24 @@ def merged(parts: Sequence[Samples], rows: Sequence[Sequence[int]]) -> Samples:
 
 def concatenate(parts: list[Samples]) -> Samples:
     """Several batches as one, without their recorded steps (those stay in the batches that the update replays)."""
-    images = [part.images for part in parts if part.images is not None]
-    references = [part.references for part in parts if part.references is not None]
-    if len(images) == len(parts):
-        check_alike([part[0] for part in images], [repr(part.texts[0]) for part in parts])
-    starts = [part.start for part in parts if part.start is not None]
+
+    def of(values: list[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+
+    if all(part.images is not None for part in parts):
+        check_alike([part.images[0] for part in parts if part.images is not None], [repr(part.texts[0]) for part in parts])
     return Samples(
         prompts=[prompt for part in parts for prompt in part.prompts],
         seeds=[seed for part in parts for seed in part.seeds],
         group=torch.cat([part.group for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
-        images=torch.cat(images) if len(images) == len(parts) else None,
-        references=torch.cat(references) if len(references) == len(parts) else None,
+        images=of([part.images for part in parts]),
+        references=of([part.references for part in parts]),
         fps=parts[0].fps,
-        start=torch.cat(starts) if len(starts) == len(parts) else None,
+        maps=of([part.maps for part in parts]),
+        start=of([part.start for part in parts]),
+        each=of([part.each for part in parts]),
     )
 
 
