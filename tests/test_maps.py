@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowrl.batch import Prompt, Samples
+from flowrl.batch import Prompt, Samples, concatenate
 from flowrl.reward_models import load_reward
 from flowrl.reward_models.base import MapReward, score_one
 from flowrl.reward_models.detectors import Found
@@ -113,3 +113,20 @@ def test_colours_are_asked_for_where_the_detector_does_not_tell_them():
 
     M = load_reward("region_map", detector=Blind(), color=color).map(made(scene(CIRCLE)))
     assert float(M[0, 0, 0]) == pytest.approx(0.75) and float(M[0, 0, 63]) == 0
+
+
+def test_joined_batches_keep_their_maps():
+    """Maps, and what else belongs to single samples; where one part has none, the whole has none."""
+
+    def part(first: int, maps: bool = True) -> Samples:
+        rows = torch.arange(first, first + 2)
+        return Samples(
+            [Prompt("a")] * 2, rows.tolist(), rows, rows.float()[:, None],
+            maps=rows.float()[:, None, None] if maps else None, start=rows, each=rows.float()[:, None],
+        )  # fmt: skip
+
+    whole = concatenate([part(0), part(2)])
+    for values in (whole.maps, whole.start, whole.each, whole.latents):
+        assert values is not None and values.flatten().tolist() == [0, 1, 2, 3]
+    mixed = concatenate([part(0), part(2, maps=False)])
+    assert mixed.maps is None and mixed.start is not None
