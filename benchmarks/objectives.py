@@ -72,17 +72,20 @@ def train(
         recipe.resume_from_checkpoint = "latest"
     before = json.loads(kept.read_text())["minutes"] if (kept := folder / "facts.json").is_file() else 0.0
     started = time.process_time()
-    trainer = Trainer(recipe, hooks=[*hooks, ending_at(started + 60 * (max_minutes - before))])
+
+    def account(trainer: Trainer, *_: Any) -> None:
+        """After each step, so that the time of a run that is killed counts as well."""
+        minutes = before + (time.process_time() - started) / 60
+        goal = {k: v.get("weight", 1.0) if isinstance(v, dict) else v for k, v in recipe.rewards.items()}
+        facts = {"steps": trainer.progress.step, "images": trainer.progress.images, "minutes": minutes}
+        kept.write_text(json.dumps({**facts, "goal": goal, "data": recipe.data}) + "\n")
+        if minutes >= max_minutes:
+            trainer.recipe.max_minutes = 0.0  # ends the run
+
+    trainer = Trainer(recipe, hooks=[*hooks, account])
     if trainer.progress.step < recipe.max_steps and before < max_minutes:
         trainer.train()
-    facts = {
-        "steps": trainer.progress.step,
-        "images": trainer.progress.images,
-        "minutes": before + (time.process_time() - started) / 60,
-        "goal": {k: v.get("weight", 1.0) if isinstance(v, dict) else v for k, v in recipe.rewards.items()},
-        "data": recipe.data,
-    }
-    kept.write_text(json.dumps(facts) + "\n")
+    account(trainer)
     return folder
 
 
@@ -90,16 +93,6 @@ def clear_false_start(folder: Path) -> None:
     """Remove what a run left that was killed before its first checkpoint."""
     if (folder / "metrics.jsonl").exists() and not checkpoints(folder):
         shutil.rmtree(folder)
-
-
-def ending_at(deadline: float) -> Callable[..., None]:
-    """A hook that ends training after the step in which the process has used so many seconds of processors."""
-
-    def hook(trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        if time.process_time() >= deadline:
-            trainer.recipe.max_minutes = 0.0
-
-    return hook
 
 
 def measured(policy: Policy, prompts: str, rewards: dict[str, Any], steps: int, name: str) -> Evaluation:

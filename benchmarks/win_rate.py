@@ -4,7 +4,7 @@
     python benchmarks/win_rate.py max_steps=50 --arms win_rate          options of every run, some of the arms
     python benchmarks/win_rate.py --report                              the table of what is there
 
-Each arm is the quick start with another reward. The control's reward is noise: what updates of this size do without any signal.
+Each arm is `tiny-grpo` with another reward. The control's reward is noise: what updates of this size do without any signal.
 Measured as in `benchmarks/hacking.py`. Runs stay under --out and are taken up where they stopped.
 """
 
