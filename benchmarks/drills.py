@@ -7,7 +7,7 @@
 dark: as little light as possible. texture: as much as possible of what is finer than 3 pixels. copies: the pictures of one prompt
 alike. one: every picture like one and the same. Each climbs the gradient of its reward (tiny-refl, 6 prompts x 4 pictures, a
 large step, so that a drill takes about a minute on one core) and ends with the right alarm, or after STEPS steps without it.
-tiny_strict is held out. The quick start is what a healthy run looks like: it should raise nothing in its 100 steps. Runs stay
+tiny_strict is held out. The quick start is what a healthy run looks like: it should raise nothing in its 80 steps. Runs stay
 under --out.
 """
 

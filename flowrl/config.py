@@ -98,7 +98,9 @@ class Recipe:
         "decay=cosine lets that level fall towards the picture, to final_level.",
     )
     steps: dict[str, Any] = option(
-        {"name": "window"}, "Which steps are stochastic and trained: all_but_last, fraction, window, or backward."
+        {"name": "window"},
+        "Which steps are stochastic and trained: all_but_last, fraction, window or backward; by gradients of a reward: "
+        "late or spread.",
     )
     times: dict[str, Any] = option(
         {"name": "grid"},

@@ -13,7 +13,8 @@ from typing import Literal
 
 from flowrl.train.trends import Drift
 
-HELD_OUT, EVALUATED = "held_out/", "evaluated/"  #: What series of rewards that are not trained on begin with.
+#: What series begin with: rewards, or prompts, that are not trained on.
+HELD_OUT, EVALUATED = "held_out/", "evaluated/"
 
 
 @dataclass(frozen=True)

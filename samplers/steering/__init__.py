@@ -111,7 +111,8 @@ def steer(
 ) -> SteeredSamples:
     """Draw one steered sample for each prompt and seed; they do not share particles. `call` goes to the pipeline.
 
-    batch_size: samples per denoiser and decoder call. With one particle, or without strength, the result is the plain sampler's.
+    batch_size: samples per denoiser and decoder call. Without strength, and of FK and best of N with one particle, the
+    result is the plain sampler's.
     """
     items = [prompt for prompt in prompts for _ in seeds]
     result = steer_each(

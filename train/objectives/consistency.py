@@ -5,9 +5,9 @@
 
 with s the next time of the sampler's grid and d the pseudo-Huber distance, mean sqrt(e^2 + c^2) - c, of latent consistency models
 (arXiv 2310.04378). The teacher is the reference, one Euler step of it, guided if `teacher_guidance` says so; the target is the
-slow copy. x_t are the policy's own samples noised again, or the recipe's `data`. The rewards' weights are the recipe's (the
-paper's: 1 for pictures, 2 for clips); of clips, rewards see a few random frames, `frames`. The paper draws the teacher's guidance
-from [5, 15] and tells the student; here it is one number. Its equations are DDIM's, these the flow's.
+slow copy. x_t are the policy's own samples, noised again. Weights are the recipe's (the paper's: 1 for pictures, 2 for
+clips); of clips, rewards see a few random frames, `frames`. The paper draws the teacher's guidance from [5, 15] and tells the
+student; here it is one number. Its equations are DDIM's, these the flow's.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from flowrl.train.objectives.preference import WEIGHTINGS, best_and_worst, impli
 class DPO:
     """Options of DPO: of data, its pairs; of the policy's own samples, the best and the worst of each group."""
 
-    #: Margin 6 / beta is where a pair stops to teach: larger holds closer to the reference. 2000 to 5000 offline, 100 online.
+    #: At a margin of 6 / beta a pair stops to teach: larger holds closer to the reference. Published: 2000 to 5000; online 100.
     beta: float = 2000.0
     #: Of the margin; see preference.py. All scaled so that beta means the same.
     loss_type: Literal["sigmoid", "hinge", "ipo", "linear", "dmpo"] = "sigmoid"
@@ -40,7 +40,7 @@ class DPO:
     weighting: Literal["constant", "eps", "kl"] = "constant"
     #: The loser's gradient is scaled by this. Below 1 less of the margin comes from making losers worse.
     loser_scale: float = 1.0
-    #: mu of Diffusion-SDPO, in [0, 1], which chooses that scale for each pair: 0.5, published 0.9 (SD 1.5) and 0.6 (SDXL).
+    #: mu of Diffusion-SDPO, in [0, 1], which chooses that scale for each pair. Published: 0.9 (SD 1.5), 0.6 (SDXL).
     safeguard: float | None = None
     #: Weight of the winner's error itself: some supervised training besides.
     anchor: float = 0.0

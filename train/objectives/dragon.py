@@ -4,8 +4,8 @@
     x_i, y_i change places    where y_i is the better sample (`instance`), or where D+ becomes a better set (a set reward)
     L  = Diffusion-DPO of the pairs (x_i, y_i),    or Diffusion-KTO of D+ as desirable and D- as undesirable
 
-A set reward need not be differentiable, nor say anything of one sample. Exchanges are tried pair by pair until none helps (what
-was published leaves the order, and when to stop, open). Each process makes sets of its own samples.
+A set reward need not be differentiable, nor say anything of one sample. Exchanges are tried pair by pair until none helps, in ten
+rounds at most (what was published leaves the order, and when to stop, open). Each process makes sets of its own samples.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 with means over latents. Those give E[rho] = exp(-m (1 - 1/D)) < 1, m = |d|^2 / (2 s^2): good samples hardly ever reach the upper
 clip, and steps of little noise use up the range. log rho_n has mean 0 and variance |d|^2 / D. The gradient of L is
-A J z / (D h), J = d mu / d v; for Flow-SDE J / h = -(1 + a^2 / 2) at every step: none dominates.
+-A J z / (D h), J = d mu / d v; for Flow-SDE J / h = -(1 + a^2 / 2) at every step: none dominates.
 
 The bias |d|^2 is each sample's own; a released version averages it over the batch. <d, z> is computed as it stands: in fp32 it
 errs by 5e-10, the difference of two log-densities of order 1 by 8e-8 (measured, D = 65,536), of a clip of 2e-6.

@@ -31,7 +31,7 @@ class Sparse(Climb):
 
     #: The picture whose reward is climbed: the rollout's own, or the guess from the last of the nodes (DRTune).
     picture: Literal["real", "guess"] = "real"
-    #: What a node's velocity counts for: the steps up to the next node, or its own step alone (DRTune).
+    #: What a node's velocity counts for: the steps up to the next node, or its own step alone (DRTune; the last: all the rest).
     stands_for: Literal["next", "itself"] = "next"
 
     def __post_init__(self) -> None:
