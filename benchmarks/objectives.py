@@ -72,13 +72,13 @@ def train(
         recipe.resume_from_checkpoint = "latest"
     before = json.loads(kept.read_text())["minutes"] if (kept := folder / "facts.json").is_file() else 0.0
     started = time.process_time()
+    goal = {k: v.get("weight", 1.0) if isinstance(v, dict) else v for k, v in recipe.rewards.items()}
 
     def account(trainer: Trainer, *_: Any) -> None:
         """After each step, so that the time of a run that is killed counts as well."""
         minutes = before + (time.process_time() - started) / 60
-        goal = {k: v.get("weight", 1.0) if isinstance(v, dict) else v for k, v in recipe.rewards.items()}
-        facts = {"steps": trainer.progress.step, "images": trainer.progress.images, "minutes": minutes}
-        kept.write_text(json.dumps({**facts, "goal": goal, "data": recipe.data}) + "\n")
+        done = {"steps": trainer.progress.step, "images": trainer.progress.images, "minutes": minutes}
+        kept.write_text(json.dumps({**done, "goal": goal, "data": recipe.data}) + "\n")
         if minutes >= max_minutes:
             trainer.recipe.max_minutes = 0.0  # ends the run
 

@@ -271,8 +271,9 @@ def concatenate(parts: list[Samples]) -> Samples:
         known = [value for value in values if value is not None]
         return torch.cat(known) if len(known) == len(parts) else None
 
-    if all(part.images is not None for part in parts):
-        check_alike([part.images[0] for part in parts if part.images is not None], [repr(part.texts[0]) for part in parts])
+    images = [part.images[0] for part in parts if part.images is not None]
+    if len(images) == len(parts):
+        check_alike(images, [repr(part.texts[0]) for part in parts])
     return Samples(
         prompts=[prompt for part in parts for prompt in part.prompts],
         seeds=[seed for part in parts for seed in part.seeds],
